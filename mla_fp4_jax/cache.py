@@ -1,0 +1,207 @@
+"""The latent cache: one entry of L + R numbers per token, contiguous or in pages; a value, never mutated.
+
+Entry layout, `cache_dim = L + R` elements: columns 0 .. L-1 hold the latent after its RMS norm, columns
+L .. L+R-1 the one shared rope key after rotation, as halves [a' | b']. Both are read together by a decode
+kernel, so they lie together. A token's *slot* is its index in its sequence, whatever its rotary position.
+
+Both caches offer the same three operations, which is all that attention uses: `capacity`, `append`, `block`.
+Slots past `length` may hold anything, NaN included: they are never seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from mla_fp4_jax.config import MLAConfig
+
+PAGE_SIZES = (1, 16, 64, 128)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """A contiguous latent cache.
+
+    Attributes:
+        entries: [B, S, L+R], the layout above; S is the capacity.
+        length: int32 [B], tokens held per sequence, 0 .. S.
+        kv_lora_rank: L, where an entry's latent ends (static).
+    """
+
+    entries: Float[Array, "B S L+R"]
+    length: Int[Array, "B"]
+    kv_lora_rank: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """S, tokens a sequence can hold."""
+        return self.entries.shape[1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the entries."""
+        return self.entries.dtype
+
+    @property
+    def latent(self) -> Float[Array, "B S L"]:
+        """The normed latents, garbage past `length` included."""
+        return self.entries[..., : self.kv_lora_rank]
+
+    @property
+    def k_rope(self) -> Float[Array, "B S R"]:
+        """The rotated rope keys, garbage past `length` included."""
+        return self.entries[..., self.kv_lora_rank :]
+
+    def append(self, entries: Float[Array, "B T L+R"], active: Bool[Array, "B T"]) -> LatentCache:
+        """Write each sequence's active tokens after those it holds; tokens past the capacity are dropped."""
+        slots = token_slots(self.length, active, self.capacity)
+        rows = jnp.arange(entries.shape[0])[:, None]
+        written = self.entries.at[rows, slots].set(entries.astype(self.dtype), mode="drop")
+        return dataclasses.replace(self, entries=written, length=new_length(self, active))
+
+    def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K L+R"], Int[Array, "B K"]]:
+        """The index-th block of `size` slots: its entries, and each one's slot (-1 where there is none).
+
+        `size` must not pass the capacity. The last block may overlap the one before; what was already seen
+        there, like all slots past `length`, comes back as zeros with slot -1.
+        """
+        start = jnp.minimum(index * size, self.capacity - size)
+        entries = jax.lax.dynamic_slice_in_dim(self.entries, start, size, axis=1)
+        slots = start + jnp.arange(size)
+        seen = (slots[None] >= index * size) & (slots[None] < self.length[:, None])
+        return _masked(entries, jnp.broadcast_to(slots[None], seen.shape), seen)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedLatentCache:
+    """A latent cache in pages that sequences may share, reorder or lack.
+
+    Attributes:
+        pages: [N, page_size, L+R].
+        page_table: int32 [B, M], the page that holds slots m * page_size ... of a sequence. An id outside
+            0 .. N-1 is no page: what lies there reads as absent, what is written there is dropped.
+        length: int32 [B], tokens held per sequence, 0 .. M * page_size.
+        kv_lora_rank: L, where an entry's latent ends (static).
+    """
+
+    pages: Float[Array, "N page L+R"]
+    page_table: Int[Array, "B M"]
+    length: Int[Array, "B"]
+    kv_lora_rank: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page holds."""
+        return self.pages.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """M * page_size, tokens a sequence can hold."""
+        return self.page_table.shape[1] * self.page_size
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the pages."""
+        return self.pages.dtype
+
+    def append(self, entries: Float[Array, "B T L+R"], active: Bool[Array, "B T"]) -> PagedLatentCache:
+        """Write each sequence's active tokens after those it holds.
+
+        Tokens past the capacity, and tokens whose page does not exist, are dropped. Two sequences that share
+        a page must not both write to it: make the shared part whole pages.
+        """
+        slots = token_slots(self.length, active, self.capacity)
+        page_index = jnp.minimum(slots // self.page_size, self.page_table.shape[1] - 1)
+        page = jnp.take_along_axis(self.page_table, page_index, axis=1)
+        number = self.pages.shape[0]
+        page = jnp.where((slots < self.capacity) & (page >= 0) & (page < number), page, number)
+        written = self.pages.at[page, slots % self.page_size].set(entries.astype(self.dtype), mode="drop")
+        return dataclasses.replace(self, pages=written, length=new_length(self, active))
+
+    def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K L+R"], Int[Array, "B K"]]:
+        """The index-th block of `size` slots, as LatentCache.block; `size` must be whole pages."""
+        pages_per_block = size // self.page_size
+        first = jnp.minimum(index * pages_per_block, self.page_table.shape[1] - pages_per_block)
+        table = jax.lax.dynamic_slice_in_dim(self.page_table, first, pages_per_block, axis=1)
+        exists = (table >= 0) & (table < self.pages.shape[0])
+        entries = self.pages[jnp.where(exists, table, 0)]
+        entries = entries.reshape(table.shape[0], size, self.pages.shape[2])
+        slots = first * self.page_size + jnp.arange(size)
+        seen = (slots[None] >= index * size) & (slots[None] < self.length[:, None])
+        seen &= jnp.repeat(exists, self.page_size, axis=1)
+        return _masked(entries, jnp.broadcast_to(slots[None], seen.shape), seen)
+
+
+Cache = LatentCache | PagedLatentCache
+
+
+def init_cache(
+    config: MLAConfig,
+    batch_size: int,
+    max_length: int,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    page_size: int | None = None,
+    num_pages: int | None = None,
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        config: gives L and R.
+        batch_size: B >= 1.
+        max_length: the least capacity per sequence, >= 1; a paged cache rounds it up to whole pages.
+        dtype: of the entries.
+        page_size: None for a contiguous cache, else one of PAGE_SIZES.
+        num_pages: N of a paged cache. None makes just enough and gives each sequence its own pages; a number
+            leaves the page table empty (-1), to be filled by whoever owns the pages
+            (`dataclasses.replace(cache, page_table=...)`).
+
+    Raises:
+        ValueError: a size out of its range.
+    """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value < 1:
+            raise ValueError(f"init_cache: {name} must be at least 1; got {value}. An empty cache holds nothing.")
+    length = jnp.zeros((batch_size,), jnp.int32)
+    if page_size is None:
+        if num_pages is not None:
+            raise ValueError(f"init_cache: num_pages must come with page_size; got {num_pages} alone. Give both.")
+        entries = jnp.zeros((batch_size, max_length, config.cache_dim), dtype)
+        return LatentCache(entries, length, config.kv_lora_rank)
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"init_cache: page_size must be one of {PAGE_SIZES}; got {page_size}. Choose one of them.")
+    table_width = -(-max_length // page_size)
+    if num_pages is None:
+        num_pages = batch_size * table_width
+        table = jnp.arange(num_pages, dtype=jnp.int32).reshape(batch_size, table_width)
+    elif num_pages >= 1:
+        table = jnp.full((batch_size, table_width), -1, jnp.int32)
+    else:
+        raise ValueError(f"init_cache: num_pages must be at least 1; got {num_pages}. Leave it out for enough.")
+    pages = jnp.zeros((num_pages, page_size, config.cache_dim), dtype)
+    return PagedLatentCache(pages, table, length, config.kv_lora_rank)
+
+
+def token_slots(length: Int[Array, "B"], active: Bool[Array, "B T"], capacity: int) -> Int[Array, "B T"]:
+    """The slot each active token goes to: its rank among the active ones after `length`; else `capacity`."""
+    slots = length[:, None] + jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1
+    return jnp.where(active & (slots < capacity), slots, capacity)
+
+
+def new_length(cache: Cache, active: Bool[Array, "B T"]) -> Int[Array, "B"]:
+    """Lengths after the active tokens are appended, saturating at the capacity."""
+    added = jnp.sum(active, axis=1, dtype=jnp.int32)
+    return jnp.minimum(cache.length + added, cache.capacity)
+
+
+def _masked(
+    entries: Float[Array, "B K L+R"], slots: Int[Array, "B K"], seen: Bool[Array, "B K"]
+) -> tuple[Float[Array, "B K L+R"], Int[Array, "B K"]]:
+    # Zeros, not only a masked score: a probability of 0 times a NaN value is NaN.
+    return jnp.where(seen[..., None], entries, jnp.zeros((), entries.dtype)), jnp.where(seen, slots, -1)

@@ -1,0 +1,244 @@
+"""MLA as pure functions on pytrees: weights and cache in, output and cache out. The module is a thin shell.
+
+    c      = rms(x W_kva[:L] + b);  k_pe = rope(x W_kva[L:] + b)      one entry [c | k_pe] per token, cached
+    q      = rms(x W_qa + b) W_qb   (or x W_q);  q = [q_nope | rope(q_pe)] per head
+    decode:  q_latent[h] = q_nope[h] W_K[h]           k_up_proj   kv_b_proj's first P rows of a head
+             a[h]        = softmax(scale [q_latent | q_pe] . [c | k_pe]) c
+             o[h]        = W_V[h] a[h]                v_up_proj   its last V rows
+    prefill: K[h] = [W_K[h] c | k_pe], V[h] = W_V[h] c, o = softmax(scale q K) V
+    y      = o W_o + b
+
+Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1 and appendix C; names and rounding points as Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from mla_fp4_jax import attention, rope
+from mla_fp4_jax.cache import Cache
+from mla_fp4_jax.config import MLAConfig
+from mla_fp4_jax.projections import expand_kv_b, k_up_proj, linear, v_up_proj
+from mla_fp4_jax.weights import MLAWeights
+
+
+def mla_prefill(
+    weights: MLAWeights,
+    x: Float[Array, "B T E"],
+    cache: Cache,
+    config: MLAConfig,
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    padding_mask: Bool[Array, "B T"] | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T E"], Cache]:
+    """Append a chunk of tokens to the cache and attend causally to all that it then holds.
+
+    A whole prompt is one chunk on an empty cache; a long one may come in several. Keys and values are
+    expanded through kv_b_proj block by block, so memory does not grow with T * S.
+
+    Args:
+        weights: the layer.
+        x: hidden states.
+        cache: holds the tokens before these.
+        config: the layer's sizes.
+        positions: rotary positions; default: each token's slot in the cache.
+        lengths: how many of a row's first tokens are real, 0 .. T; default all (right padding).
+        padding_mask: which tokens are real, for padding anywhere, such as on the left. Padding is not cached.
+        dtype: compute dtype.
+        implementation: of the FP4 products; see fp4_bmm.
+
+    Returns:
+        The layer's output in `dtype`, exactly 0 where a token is padding or did not fit, and the cache.
+
+    Raises:
+        ValueError: shapes that do not fit; concrete lengths out of range or past the cache's capacity. Traced
+            ones cannot be checked: a token past the capacity is dropped and harms no other.
+    """
+    step = _begin(weights, x, cache, config, positions, _active("mla_prefill", x, lengths, padding_mask), dtype,
+                  implementation)
+    attended, _ = attention.expanded_attention(
+        jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1),
+        step.cache,
+        step.visible,
+        config.softmax_scale,
+        lambda latent: expand_kv_b(latent, weights.kv_b_proj, implementation=implementation),
+        config.qk_nope_head_dim,
+        config.v_head_dim,
+    )
+    return _finish(weights, attended, step, implementation)
+
+
+def mla_decode(
+    weights: MLAWeights,
+    x: Float[Array, "B T E"],
+    cache: Cache,
+    config: MLAConfig,
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T E"], Cache]:
+    """Append T new tokens per sequence (1, or a few speculated) and attend in latent space.
+
+    Arguments, results and errors as mla_prefill's; `lengths` 0 marks a sequence that takes no part in this
+    step. The two differ in the order of operations only: here W_K and W_V are absorbed into the query and the
+    output, so that the cache is read once for all heads.
+    """
+    step = _begin(weights, x, cache, config, positions, _active("mla_decode", x, lengths, None), dtype,
+                  implementation)
+    q_latent = k_up_proj(step.q, weights.kv_b_proj, config.qk_nope_head_dim, implementation=implementation)
+    attended, _ = attention.absorbed_attention(
+        jnp.concatenate([q_latent, step.q_rope], axis=-1), step.cache, step.visible, config.softmax_scale
+    )
+    heads = v_up_proj(attended, weights.kv_b_proj, config.v_head_dim, implementation=implementation)
+    return _finish(weights, heads, step, implementation)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What prefill and decode share between the projections in and the projection out."""
+
+    q: Float[Array, "B T H P+R"]  # its last R columns are not rotated: q_rope holds those
+    q_rope: Float[Array, "B T H R"]
+    cache: Cache
+    visible: Int[Array, "B T"]
+
+
+def _begin(
+    weights: MLAWeights,
+    x: Float[Array, "B T E"],
+    cache: Cache,
+    config: MLAConfig,
+    positions: Int[Array, "B T"] | None,
+    active: Bool[Array, "B T"],
+    dtype: DTypeLike,
+    implementation: str | None,
+) -> _Step:
+    _check_shapes(x, cache, config, positions)
+    _check_capacity(cache, active)
+    x = x.astype(dtype)
+    slots = cache.length[:, None] + jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1
+    if positions is None:
+        positions = jnp.maximum(slots, 0)
+    cos, sin = rope.cos_sin(config.rope, config.qk_rope_head_dim, positions)
+
+    with jax.named_scope("mla/q_proj"):
+        q = _queries(weights, x, config, implementation)
+        q_rope = rope.rotate(
+            q[..., config.qk_nope_head_dim :], cos[:, :, None], sin[:, :, None], interleaved=config.rope_interleave
+        )
+    with jax.named_scope("mla/kv_a_proj"):
+        kv = linear(x, weights.kv_a_proj_with_mqa, weights.kv_a_proj_bias, implementation=implementation)
+        latent = rms_norm(kv[..., : config.kv_lora_rank], weights.kv_a_layernorm, config.layernorm_eps)
+        k_rope = rope.rotate(kv[..., config.kv_lora_rank :], cos, sin, interleaved=config.rope_interleave)
+        cache = cache.append(jnp.concatenate([latent, k_rope], axis=-1), active)
+    visible = jnp.where(active & (slots < cache.capacity), slots + 1, 0)
+    return _Step(q, q_rope, cache, visible)
+
+
+def _queries(
+    weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None
+) -> Float[Array, "B T H P+R"]:
+    if config.q_lora_rank is None:
+        q = linear(x, _given(weights.q_proj, "q_proj"), implementation=implementation)
+    else:
+        q_a_proj = _given(weights.q_a_proj, "q_a_proj")
+        low = linear(x, q_a_proj, weights.q_a_proj_bias, implementation=implementation)
+        low = rms_norm(low, _given(weights.q_a_layernorm, "q_a_layernorm"), config.layernorm_eps)
+        q = linear(low, _given(weights.q_b_proj, "q_b_proj"), implementation=implementation)
+    return q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+
+
+def _finish(
+    weights: MLAWeights, heads: Float[Array, "B T H V"], step: _Step, implementation: str | None
+) -> tuple[Float[Array, "B T E"], Cache]:
+    with jax.named_scope("mla/o_proj"):
+        y = linear(
+            heads.reshape(*heads.shape[:2], -1), weights.o_proj, weights.o_proj_bias, implementation=implementation
+        )
+    return jnp.where((step.visible > 0)[..., None], y, jnp.zeros((), y.dtype)), step.cache
+
+
+def rms_norm(x: Float[Array, "*batch D"], gain: Float[Array, "D"], eps: float) -> Float[Array, "*batch D"]:
+    """g * x / sqrt(mean(x^2) + eps), computed in float32 and rounded once to x's dtype."""
+    wide = x.astype(jnp.float32)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (scaled * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)).astype(x.dtype)
+
+
+def _active(
+    where: str,
+    x: Float[Array, "B T E"],
+    lengths: Int[Array, "B"] | None,
+    padding_mask: Bool[Array, "B T"] | None,
+) -> Bool[Array, "B T"]:
+    if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1:
+        raise ValueError(f"{where}: x must be [B, T, E] with B, T >= 1; got {x.shape}. Add the missing axis.")
+    batch, tokens = x.shape[:2]
+    if padding_mask is not None:
+        if lengths is not None:
+            raise ValueError(f"{where}: lengths and padding_mask must not both be given. Give the one that fits.")
+        padding_mask = jnp.asarray(padding_mask)
+        if padding_mask.shape != (batch, tokens):
+            raise ValueError(
+                f"{where}: padding_mask must be [B, T] = {(batch, tokens)}; got {padding_mask.shape}. "
+                "True marks a real token."
+            )
+        return padding_mask.astype(bool)
+    if lengths is None:
+        return jnp.ones((batch, tokens), bool)
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"{where}: lengths must be integers [B] = {(batch,)}; got {lengths.dtype}{lengths.shape}. "
+            "Give the number of real tokens of each row."
+        )
+    if not isinstance(lengths, jax.core.Tracer) and bool(jnp.any((lengths < 0) | (lengths > tokens))):
+        raise ValueError(f"{where}: lengths must lie in 0 .. T = {tokens}; got {lengths.tolist()}.")
+    return jnp.arange(tokens)[None] < lengths[:, None]
+
+
+def _check_shapes(
+    x: Float[Array, "B T E"], cache: Cache, config: MLAConfig, positions: Int[Array, "B T"] | None
+) -> None:
+    if x.shape[2] != config.hidden_size:
+        raise ValueError(f"mla: x must have E = {config.hidden_size} columns; got {x.shape}. Check the config.")
+    if cache.length.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"mla: cache must hold B = {x.shape[0]} sequences as x does; got {cache.length.shape[0]}. "
+            "Call init_cache with this batch_size."
+        )
+    width = jax.tree.leaves(cache)[0].shape[-1]
+    if width != config.cache_dim or cache.kv_lora_rank != config.kv_lora_rank:
+        raise ValueError(
+            f"mla: cache entries must have L + R = {config.cache_dim} columns, L = {config.kv_lora_rank}; got "
+            f"{width}, L = {cache.kv_lora_rank}. Make the cache with this layer's config."
+        )
+    if positions is not None and jnp.shape(positions) != x.shape[:2]:
+        raise ValueError(f"mla: positions must be [B, T] = {x.shape[:2]}; got {jnp.shape(positions)}. Broadcast them.")
+
+
+def _check_capacity(cache: Cache, active: Bool[Array, "B T"]) -> None:
+    if isinstance(cache.length, jax.core.Tracer) or isinstance(active, jax.core.Tracer):
+        return
+    after = cache.length + jnp.sum(active, axis=1, dtype=jnp.int32)
+    if bool(jnp.any(after > cache.capacity)):
+        raise ValueError(
+            f"mla: the cache must have room for the new tokens; lengths would become {after.tolist()} of a "
+            f"capacity of {cache.capacity}. Make it longer (init_cache max_length) or drop finished sequences."
+        )
+
+
+def _given(weight, name: str):
+    if weight is None:
+        raise ValueError(f"mla: weights.{name} must be given for this config; got None. Check q_lora_rank.")
+    return weight

@@ -1,0 +1,148 @@
+"""MLAAttention: a Flax module that holds one layer's weights and calls the functional core."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from mla_fp4_jax import cache as caches
+from mla_fp4_jax.cache import Cache
+from mla_fp4_jax.config import MLAConfig
+from mla_fp4_jax.fp4_array import FP4Array
+from mla_fp4_jax.functional import mla_decode, mla_prefill
+from mla_fp4_jax.weights import MLAWeights, Weight, check_weights, random_weights
+
+class FP4Weight(nnx.Variable):
+    """Holds an FP4Array. Not an nnx.Param: optimisers and nnx.grad leave packed weights alone."""
+
+
+class MLAAttention(nnx.Module):
+    """Multi-head Latent Attention (DeepSeek-V2/V3) whose projections are dense or FP4, each as it is stored.
+
+    The weights are attributes under Hugging Face's names (`attn.kv_b_proj[...]`, see MLAWeights): nnx.Param
+    for dense ones, FP4Weight for packed ones. Nothing is mutated: prefill and decode return a new cache.
+
+        step = jax.jit(MLAAttention.decode, donate_argnames=("cache",))
+        y, cache = step(attn, x, cache)
+    """
+
+    def __init__(
+        self,
+        config: MLAConfig,
+        *,
+        weights: MLAWeights | None = None,
+        kv_b_format: str = "mxfp4",
+        linear_formats: Mapping[str, str] | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+        implementation: str | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Hold given weights, or make random ones; for a checkpoint use load_mla_layer.
+
+        Args:
+            config: the layer's sizes.
+            weights: held as they are, without a copy; the formats below then must be left alone.
+            kv_b_format: of random weights: "mxfp4", "nvfp4" or "dense".
+            linear_formats: likewise for other projections by name, such as {"o_proj": "mxfp4"}; dense unless
+                named.
+            dtype: compute dtype, and that of random dense weights and of the cache.
+            implementation: of the FP4 products; see fp4_bmm.
+            rngs: makes random weights from its `params` stream, normal with variance 1 / fan-in.
+
+        Raises:
+            ValueError: neither or both of weights and rngs; a weight that is missing, unexpected or of another
+                shape; an unknown format or projection.
+        """
+        if (weights is None) == (rngs is None):
+            raise ValueError(
+                "MLAAttention: exactly one of weights and rngs must be given; got "
+                f"{'neither' if weights is None else 'both'}. Pass rngs=nnx.Rngs(0) for random weights."
+            )
+        if weights is None:
+            formats = {"kv_b_proj": kv_b_format, **(linear_formats or {})}
+            weights = random_weights(config, formats, dtype, rngs)
+        check_weights(config, weights)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.implementation = implementation
+        for field in dataclasses.fields(MLAWeights):
+            setattr(self, field.name, _variable(getattr(weights, field.name)))
+
+    @property
+    def weights(self) -> MLAWeights:
+        """The layer as a plain pytree, for the functional core."""
+        names = [field.name for field in dataclasses.fields(MLAWeights)]
+        held = {name: getattr(self, name) for name in names}
+        return MLAWeights(**{name: None if var is None else var[...] for name, var in held.items()})
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Cache:
+        """An empty cache for this layer, in its dtype unless another is given; see cache.init_cache."""
+        return caches.init_cache(
+            self.config,
+            batch_size,
+            max_length,
+            dtype=self.dtype if dtype is None else dtype,
+            page_size=page_size,
+            num_pages=num_pages,
+        )
+
+    def prefill(
+        self,
+        x: Float[Array, "B T E"],
+        cache: Cache,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        padding_mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache]:
+        """A prompt, or the next chunk of one; see functional.mla_prefill for arguments, results and errors."""
+        return mla_prefill(
+            self.weights,
+            x,
+            cache,
+            self.config,
+            positions=positions,
+            lengths=lengths,
+            padding_mask=padding_mask,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
+
+    def decode(
+        self,
+        x: Float[Array, "B T E"],
+        cache: Cache,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache]:
+        """T >= 1 new tokens per sequence; see functional.mla_decode for arguments, results and errors."""
+        return mla_decode(
+            self.weights,
+            x,
+            cache,
+            self.config,
+            positions=positions,
+            lengths=lengths,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
+
+
+def _variable(weight: Weight | None) -> nnx.Variable | None:
+    if weight is None:
+        return None
+    return FP4Weight(weight) if isinstance(weight, FP4Array) else nnx.Param(weight)
