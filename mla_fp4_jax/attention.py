@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_fp4_jax.cache import Cache, PagedLatentCache
+from mla_fp4_jax.einsum import einsum_f32
 
 KEY_BLOCK = 512
 # Scores in flight at once, B * T * H * K elements of 4 bytes: 64 MiB.
@@ -77,9 +78,7 @@ def expanded_attention(
     def keys_values(entries):
         entries = entries.astype(q.dtype)
         expanded = kv_b_proj(entries[..., :rank])
-        k_rope = jnp.broadcast_to(
-            entries[:, :, None, rank:], (*expanded.shape[:3], entries.shape[-1] - rank)
-        )
+        k_rope = jnp.broadcast_to(entries[:, :, None, rank:], (*expanded.shape[:3], entries.shape[-1] - rank))
         return jnp.concatenate([expanded[..., :qk_nope_head_dim], k_rope], -1), expanded[..., qk_nope_head_dim:]
 
     return _blockwise(q, cache, visible, scale, keys_values, v_head_dim)
@@ -124,16 +123,13 @@ def _attend(
 ) -> tuple[Float[Array, "B T H W"], Float[Array, "B T H"]]:
     batch, tokens, heads, _ = q.shape
     size = _key_block(cache)
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def step(index, state):
         highest, total, acc = state
         entries, slots = cache.block(index, size)
         keys, values = keys_values(entries)
         head = "h" if keys.ndim == 4 else ""
-        scores = jnp.einsum(
-            f"bthd,bk{head}d->bthk", q, keys, precision=precision, preferred_element_type=jnp.float32
-        )
+        scores = einsum_f32(f"bthd,bk{head}d->bthk", q, keys)
         seen = (slots[:, None] >= 0) & (slots[:, None] < visible[:, :, None])
         scores = jnp.where(seen[:, :, None], scores * scale, -jnp.inf)
         new_highest = jnp.maximum(highest, scores.max(-1))
@@ -141,13 +137,7 @@ def _attend(
         offset = jnp.where(jnp.isneginf(new_highest), 0.0, new_highest)
         probs = jnp.exp(scores - offset[..., None])
         kept = jnp.exp(highest - offset)
-        product = jnp.einsum(
-            f"bthk,bk{head}w->bthw",
-            probs.astype(values.dtype),
-            values,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        product = einsum_f32(f"bthk,bk{head}w->bthw", probs.astype(values.dtype), values)
         return new_highest, total * kept + probs.sum(-1), acc * kept[..., None] + product
 
     start = (
@@ -167,6 +157,8 @@ def _attend(
 
 def _key_block(cache: Cache) -> int:
     """Slots per block: KEY_BLOCK, or the whole cache where that is smaller; whole pages either way."""
-    return min(KEY_BLOCK, cache.capacity) if not isinstance(cache, PagedLatentCache) else min(
-        max(KEY_BLOCK // cache.page_size, 1) * cache.page_size, cache.capacity
+    return (
+        min(KEY_BLOCK, cache.capacity)
+        if not isinstance(cache, PagedLatentCache)
+        else min(max(KEY_BLOCK // cache.page_size, 1) * cache.page_size, cache.capacity)
     )

@@ -208,7 +208,15 @@ def _rope_from_hf(values: Mapping[str, Any]) -> RopeConfig:
         return RopeConfig(theta=theta)
     if rope_type != "yarn":
         raise CheckpointError(f"rope_type must be 'default' or 'yarn'; got {rope_type!r}, which is not implemented.")
-    optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "factor")
+    optional = (
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
+        "factor",
+    )
     original = settings.get("original_max_position_embeddings") or values.get("max_position_embeddings")
     if original is None:
         raise CheckpointError("YaRN needs original_max_position_embeddings or max_position_embeddings.")

@@ -62,8 +62,16 @@ def mla_prefill(
         ValueError: shapes that do not fit; concrete lengths out of range or past the cache's capacity. Traced
             ones cannot be checked: a token past the capacity is dropped and harms no other.
     """
-    step = _begin(weights, x, cache, config, positions, _active("mla_prefill", x, lengths, padding_mask), dtype,
-                  implementation)
+    step = _begin(
+        weights,
+        x,
+        cache,
+        config,
+        positions,
+        _active("mla_prefill", x, lengths, padding_mask),
+        dtype,
+        implementation,
+    )
     attended, _ = attention.expanded_attention(
         jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1),
         step.cache,
@@ -93,8 +101,9 @@ def mla_decode(
     step. The two differ in the order of operations only: here W_K and W_V are absorbed into the query and the
     output, so that the cache is read once for all heads.
     """
-    step = _begin(weights, x, cache, config, positions, _active("mla_decode", x, lengths, None), dtype,
-                  implementation)
+    step = _begin(
+        weights, x, cache, config, positions, _active("mla_decode", x, lengths, None), dtype, implementation
+    )
     q_latent = k_up_proj(step.q, weights.kv_b_proj, config.qk_nope_head_dim, implementation=implementation)
     attended, _ = attention.absorbed_attention(
         jnp.concatenate([q_latent, step.q_rope], axis=-1), step.cache, step.visible, config.softmax_scale
@@ -134,7 +143,10 @@ def _begin(
     with jax.named_scope("mla/q_proj"):
         q = _queries(weights, x, config, implementation)
         q_rope = rope.rotate(
-            q[..., config.qk_nope_head_dim :], cos[:, :, None], sin[:, :, None], interleaved=config.rope_interleave
+            q[..., config.qk_nope_head_dim :],
+            cos[:, :, None],
+            sin[:, :, None],
+            interleaved=config.rope_interleave,
         )
     with jax.named_scope("mla/kv_a_proj"):
         kv = linear(x, weights.kv_a_proj_with_mqa, weights.kv_a_proj_bias, implementation=implementation)
@@ -163,7 +175,10 @@ def _finish(
 ) -> tuple[Float[Array, "B T E"], Cache]:
     with jax.named_scope("mla/o_proj"):
         y = linear(
-            heads.reshape(*heads.shape[:2], -1), weights.o_proj, weights.o_proj_bias, implementation=implementation
+            heads.reshape(*heads.shape[:2], -1),
+            weights.o_proj,
+            weights.o_proj_bias,
+            implementation=implementation,
         )
     return jnp.where((step.visible > 0)[..., None], y, jnp.zeros((), y.dtype)), step.cache
 
@@ -224,7 +239,9 @@ def _check_shapes(
             f"{width}, L = {cache.kv_lora_rank}. Make the cache with this layer's config."
         )
     if positions is not None and jnp.shape(positions) != x.shape[:2]:
-        raise ValueError(f"mla: positions must be [B, T] = {x.shape[:2]}; got {jnp.shape(positions)}. Broadcast them.")
+        raise ValueError(
+            f"mla: positions must be [B, T] = {x.shape[:2]}; got {jnp.shape(positions)}. Broadcast them."
+        )
 
 
 def _check_capacity(cache: Cache, active: Bool[Array, "B T"]) -> None:

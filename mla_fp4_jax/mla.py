@@ -17,6 +17,7 @@ from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.functional import mla_decode, mla_prefill
 from mla_fp4_jax.weights import MLAWeights, Weight, check_weights, random_weights
 
+
 class FP4Weight(nnx.Variable):
     """Holds an FP4Array. Not an nnx.Param: optimisers and nnx.grad leave packed weights alone."""
 
@@ -78,7 +79,7 @@ class MLAAttention(nnx.Module):
         """The layer as a plain pytree, for the functional core."""
         names = [field.name for field in dataclasses.fields(MLAWeights)]
         held = {name: getattr(self, name) for name in names}
-        return MLAWeights(**{name: None if var is None else var[...] for name, var in held.items()})
+        return MLAWeights(**{name: None if var is None else var.get_value() for name, var in held.items()})
 
     def init_cache(
         self,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mla_fp4_jax.einsum import einsum_f32
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops import fp4_bmm, fp4_linear
 
@@ -21,13 +22,7 @@ def linear(
     if isinstance(weight, FP4Array):
         y = fp4_linear(x, weight, preferred_element_type=jnp.float32, implementation=implementation)
     else:
-        y = jax.lax.dot_general(
-            x,
-            weight.astype(x.dtype),
-            (((x.ndim - 1,), (1,)), ((), ())),
-            precision=_precision(x),
-            preferred_element_type=jnp.float32,
-        )
+        y = einsum_f32("...c,nc->...n", x, weight.astype(x.dtype))
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)
     return y.astype(x.dtype)
@@ -50,7 +45,7 @@ def k_up_proj(
             out = fp4_bmm(flat, kv_b_proj, "rows", rows=nope, x_columns=nope, implementation=implementation)
         else:
             key_rows = kv_b_proj[:, :qk_nope_head_dim].astype(q.dtype)
-            out = _einsum("bhp,hpl->bhl", flat[..., :qk_nope_head_dim], key_rows)
+            out = einsum_f32("bhp,hpl->bhl", flat[..., :qk_nope_head_dim], key_rows).astype(q.dtype)
         return out.reshape(*q.shape[:3], out.shape[-1])
 
 
@@ -67,7 +62,8 @@ def v_up_proj(
         if isinstance(kv_b_proj, FP4Array):
             out = fp4_bmm(flat, kv_b_proj, "columns", rows=(first, v_head_dim), implementation=implementation)
         else:
-            out = _einsum("bhl,hvl->bhv", flat, kv_b_proj[:, first:].astype(attended.dtype))
+            out = einsum_f32("bhl,hvl->bhv", flat, kv_b_proj[:, first:].astype(attended.dtype))
+            out = out.astype(attended.dtype)
         return out.reshape(*attended.shape[:3], v_head_dim)
 
 
@@ -83,12 +79,3 @@ def expand_kv_b(
 
 def _tokens(x: Float[Array, "B T H D"]) -> Float[Array, "BT H D"]:
     return x.reshape(-1, *x.shape[2:])
-
-
-def _einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, w, precision=_precision(x), preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _precision(x: jax.Array) -> jax.lax.Precision | None:
-    """Float32 means float32: a GPU's default would be TF32."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -84,6 +84,8 @@ def check_weights(config: MLAConfig, weights: MLAWeights) -> None:
                 f"MLAAttention: weights.{field.name} must be None for this config; got shape {value.shape}. "
                 "Check q_lora_rank and attention_bias."
             )
+    for field in dataclasses.fields(MLAWeights):
+        value, expected = getattr(weights, field.name), shapes.get(field.name)
         if expected is not None and (value is None or tuple(value.shape) != expected):
             got = None if value is None else tuple(value.shape)
             raise ValueError(
@@ -95,9 +97,7 @@ def check_weights(config: MLAConfig, weights: MLAWeights) -> None:
 FORMATS = {"dense": lambda dense: dense, "mxfp4": quantize_mxfp4, "nvfp4": quantize_nvfp4}
 
 
-def random_weights(
-    config: MLAConfig, formats: Mapping[str, str], dtype: DTypeLike, rngs: nnx.Rngs
-) -> MLAWeights:
+def random_weights(config: MLAConfig, formats: Mapping[str, str], dtype: DTypeLike, rngs: nnx.Rngs) -> MLAWeights:
     """Weights drawn normal with variance 1 / fan-in, each in its named format ("dense" unless named)."""
     shapes = weight_shapes(config)
     for name, kind in formats.items():

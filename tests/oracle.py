@@ -88,7 +88,13 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def attention(
-    q: np.ndarray, latent: np.ndarray, k_rope: np.ndarray, kv_b: np.ndarray, nope: int, scale: float, first: int = 0
+    q: np.ndarray,
+    latent: np.ndarray,
+    k_rope: np.ndarray,
+    kv_b: np.ndarray,
+    nope: int,
+    scale: float,
+    first: int = 0,
 ) -> np.ndarray:
     """Naive causal MLA for one sequence.
 
@@ -103,3 +109,39 @@ def attention(
     visible = np.arange(s)[None] <= first + np.arange(t)[:, None]
     probs = softmax(np.where(visible[None], scores, -np.inf))
     return np.einsum("hts,shv->thv", probs, value)
+
+
+def layer(
+    x: np.ndarray,
+    w: dict[str, np.ndarray],
+    *,
+    nope: int,
+    rope: int,
+    inv_freq: np.ndarray,
+    scale: float,
+    interleaved: bool = True,
+    eps: float = 1e-6,
+    positions: np.ndarray | None = None,
+    cos_sin_scale: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One whole MLA layer for one sequence, naive, float64.
+
+    x [T, E]; w by Hugging Face's names, linears [out, in], kv_b_proj [H, P+V, L]; returns y [T, E], the normed
+    latents [T, L] and the rotated rope keys [T, R].
+    """
+    heads, _, rank = w["kv_b_proj"].shape
+    positions = np.arange(len(x)) if positions is None else positions
+    angles = positions[:, None] * inv_freq
+    if "q_proj" in w:
+        q = x @ w["q_proj"].T
+    else:
+        low = x @ w["q_a_proj"].T + w.get("q_a_proj_bias", 0.0)
+        q = rms_norm(low, w["q_a_layernorm"], eps) @ w["q_b_proj"].T
+    q = q.reshape(len(x), heads, nope + rope)
+    q_rope = rotate(q[..., nope:], angles[:, None], interleaved) * cos_sin_scale
+    q = np.concatenate([q[..., :nope], q_rope], -1)
+    kv = x @ w["kv_a_proj_with_mqa"].T + w.get("kv_a_proj_bias", 0.0)
+    latent = rms_norm(kv[:, :rank], w["kv_a_layernorm"], eps)
+    k_rope = rotate(kv[:, rank:], angles, interleaved) * cos_sin_scale
+    out = attention(q, latent, k_rope, w["kv_b_proj"], nope, scale)
+    return out.reshape(len(x), -1) @ w["o_proj"].T + w.get("o_proj_bias", 0.0), latent, k_rope

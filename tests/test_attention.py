@@ -16,7 +16,12 @@ from mla_fp4_jax.config import MLAConfig
 
 H, P, R, V, L = 3, 8, 4, 6, 16
 CONFIG = MLAConfig(
-    hidden_size=32, num_attention_heads=H, kv_lora_rank=L, qk_nope_head_dim=P, qk_rope_head_dim=R, v_head_dim=V
+    hidden_size=32,
+    num_attention_heads=H,
+    kv_lora_rank=L,
+    qk_nope_head_dim=P,
+    qk_rope_head_dim=R,
+    v_head_dim=V,
 )
 SCALE = 0.3
 
@@ -39,7 +44,13 @@ def setting(rng, lengths, tokens, page_size=None, capacity=None, poison=np.nan):
         for t in range(tokens):
             if visible[b, t]:
                 expected[b, t] = oracle.attention(
-                    q[b, t : t + 1], entries[b, :length, :L], entries[b, :length, L:], kv_b, P, SCALE, first + t
+                    q[b, t : t + 1],
+                    entries[b, :length, :L],
+                    entries[b, :length, L:],
+                    kv_b,
+                    P,
+                    SCALE,
+                    first + t,
                 )[0]
     return cache, jnp.asarray(q), jnp.asarray(kv_b), jnp.asarray(visible.astype(np.int32)), expected
 

@@ -13,7 +13,12 @@ from mla_fp4_jax.cache import PAGE_SIZES, PagedLatentCache, init_cache
 from mla_fp4_jax.config import MLAConfig
 
 CONFIG = MLAConfig(
-    hidden_size=64, num_attention_heads=2, kv_lora_rank=6, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+    hidden_size=64,
+    num_attention_heads=2,
+    kv_lora_rank=6,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
 )
 KINDS = [None, *PAGE_SIZES]
 
@@ -126,7 +131,9 @@ def test_structure_survives_an_append(page_size):
     cache = made(page_size)
     after = jax.eval_shape(lambda c: c.append(jnp.ones((3, 2, CONFIG.cache_dim)), jnp.ones((3, 2), bool)), cache)
     assert jax.tree.structure(after) == jax.tree.structure(cache)
-    assert [(x.shape, x.dtype) for x in jax.tree.leaves(after)] == [(x.shape, x.dtype) for x in jax.tree.leaves(cache)]
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(after)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(cache)
+    ]
     assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}) == len(jax.tree.leaves(cache))
 
 

@@ -40,7 +40,11 @@ YARN = {
 def test_both_rope_spellings_read_alike():
     old = MLAConfig.from_hf({**V3, "rope_scaling": YARN})
     new = MLAConfig.from_hf(
-        {**V3, "rope_theta": None, "rope_parameters": {**YARN, "rope_type": "yarn", "type": "x", "rope_theta": 10000}}
+        {
+            **V3,
+            "rope_theta": None,
+            "rope_parameters": {**YARN, "rope_type": "yarn", "type": "x", "rope_theta": 10000},
+        }
     )
     assert old == new and hash(old) == hash(new)
 
@@ -87,10 +91,16 @@ def test_original_context_defaults_to_the_models():
 
 
 @pytest.mark.parametrize("dim", [0, 32, 64])
-@pytest.mark.parametrize(("theta", "factor", "original"), [(10000.0, 40.0, 4096), (50000.0, 32.0, 4096), (1e6, 4.0, 32768)])
+@pytest.mark.parametrize(
+    ("theta", "factor", "original"), [(10000.0, 40.0, 4096), (50000.0, 32.0, 4096), (1e6, 4.0, 32768)]
+)
 def test_yarn_frequencies_match_the_float64_oracle(dim, theta, factor, original):
     rope = RopeConfig(
-        theta=theta, rope_type="yarn", factor=factor, original_max_position_embeddings=original, mscale_all_dim=1.0
+        theta=theta,
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=original,
+        mscale_all_dim=1.0,
     )
     expected = oracle.yarn_inv_freq(dim, theta, factor, original, 32, 1)
     # float32 pow, division and two products: a few units of 2^-24 relative.

@@ -1,0 +1,81 @@
+"""Running a layer as a server would: prefill a prompt, then decode token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mla_fp4_jax.mla import MLAAttention
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came out, and how long it took; seconds.
+
+    Attributes:
+        prefill: outputs of the prompt, float32 [B, prompt, E].
+        decoded: outputs of the steps, float32 [B, steps, E].
+        compile_prefill, compile_step: once each.
+        prefill_seconds: of the prompt.
+        step_seconds: of every step, compiled, results on the device.
+    """
+
+    prefill: np.ndarray
+    decoded: np.ndarray
+    compile_prefill: float
+    compile_step: float
+    prefill_seconds: float
+    step_seconds: tuple[float, ...]
+
+    @property
+    def median_step(self) -> float:
+        """Seconds."""
+        return statistics.median(self.step_seconds)
+
+
+def run_layer(layer: MLAAttention, x: np.ndarray, prompt: int, page_size: int | None) -> Run:
+    """Prefill x[:, :prompt], then decode the rest one by one, with a progress bar on stderr.
+
+    Args:
+        layer: to run.
+        x: float32 [B, prompt + steps, E], rounded to the layer's dtype before use.
+        prompt: tokens to prefill, >= 1.
+        page_size: of the cache; None makes it contiguous.
+    """
+    inputs = jnp.asarray(x, layer.dtype)
+    cache = layer.init_cache(x.shape[0], x.shape[1], page_size=page_size)
+    prefill, compile_prefill = _compile(MLAAttention.prefill, layer, inputs[:, :prompt], cache)
+    start = time.perf_counter()
+    y, cache = jax.block_until_ready(prefill(layer, inputs[:, :prompt], cache))
+    prefill_seconds = time.perf_counter() - start
+    prefilled = np.asarray(y, np.float32)
+
+    step, compile_step = _compile(MLAAttention.decode, layer, inputs[:, :1], cache)
+    outputs, seconds = [], []
+    for t in tqdm(range(prompt, x.shape[1]), desc="decode", unit="step", leave=True):
+        token = jax.block_until_ready(inputs[:, t : t + 1])
+        start = time.perf_counter()
+        y, cache = jax.block_until_ready(step(layer, token, cache))
+        seconds.append(time.perf_counter() - start)
+        outputs.append(np.asarray(y, np.float32))
+    return Run(
+        prefilled,
+        np.concatenate(outputs, axis=1),
+        compile_prefill,
+        compile_step,
+        prefill_seconds,
+        tuple(seconds),
+    )
+
+
+def _compile(function, layer: MLAAttention, x: jax.Array, cache):
+    """Ahead of time, so that no step is slower than the others and nothing can be traced again."""
+    start = time.perf_counter()
+    compiled = jax.jit(function, donate_argnames=("cache",)).lower(layer, x, cache).compile()
+    return compiled, time.perf_counter() - start

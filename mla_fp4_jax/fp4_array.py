@@ -1,0 +1,205 @@
+"""FP4Array: group-scaled FP4 values as one pytree, MXFP4 and NVFP4 alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from mla_fp4_jax import formats
+
+FORMATS = ("mxfp4", "nvfp4")
+SCALE_FORMATS = {"mxfp4": "e8m0", "nvfp4": "e4m3"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FP4Array:
+    """value[..., c] = e2m1(codes[..., c]) * scale(scales[..., c // G]) * global_scale
+
+    with G = C / groups columns to a scale, 32 in MXFP4 and 16 in NVFP4. Make one with from_packed, quantize_mxfp4
+    or quantize_nvfp4; the constructor itself checks nothing, so that any leaves can stand in (tracers,
+    ShapeDtypeStructs, shardings).
+
+    Attributes:
+        codes: float4_e2m1fn [..., C], the logical shape, held at 4 bits an element: element 2i of a row is the
+            low nibble of its byte i, element 2i + 1 the high one. `codes.nbytes` says twice what it takes.
+        scales: uint8 [..., C/G]: e8m0 bytes in MXFP4 (2^(byte - 127), 255 is NaN), e4m3fn bytes in NVFP4.
+        global_scale: float32 scalar of NVFP4; None for 1.
+        format: "mxfp4" or "nvfp4" (static).
+    """
+
+    codes: Array
+    scales: UInt8[Array, "*rows groups"]
+    global_scale: Float[Array, ""] | None = None
+    format: str = dataclasses.field(default="mxfp4", metadata={"static": True})
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: ArrayLike,
+        scales: ArrayLike,
+        global_scale: ArrayLike | None = None,
+        *,
+        format: str | None = None,
+    ) -> FP4Array:
+        """View packed bytes as an FP4Array; no byte is changed, and inside jit none is moved.
+
+        Args:
+            packed: uint8 [..., C/2], two codes to a byte, the low nibble first.
+            scales: [..., C/G]; uint8 or float8_e8m0fnu for MXFP4, uint8 or float8_e4m3fn for NVFP4.
+            global_scale: a finite float32 scalar that multiplies, NVFP4 only; None for 1.
+            format: "mxfp4" or "nvfp4"; None takes NVFP4 where the scales are float8_e4m3fn, else MXFP4.
+
+        Raises:
+            TypeError: packed or scales of another dtype. Float scales are never taken for bytes.
+            ValueError: shapes that do not fit: other leading axes, groups that do not divide the columns.
+        """
+        packed, scales = jnp.asarray(packed), jnp.asarray(scales)
+        if format is None:
+            format = "nvfp4" if scales.dtype == jnp.float8_e4m3fn else "mxfp4"
+        if format not in FORMATS:
+            raise ValueError(f"FP4Array.from_packed: format must be one of {FORMATS}; got {format!r}. Choose one.")
+        if packed.dtype != jnp.uint8:
+            raise TypeError(
+                f"FP4Array.from_packed: packed must be uint8, two codes to a byte; got {packed.dtype}. "
+                "Pass the checkpoint's bytes, or quantise first."
+            )
+        scale_dtype = jnp.float8_e8m0fnu if format == "mxfp4" else jnp.float8_e4m3fn
+        if scales.dtype not in (jnp.uint8, scale_dtype):
+            raise TypeError(
+                f"FP4Array.from_packed: scales must be uint8 or {jnp.dtype(scale_dtype).name} for {format}; got "
+                f"{scales.dtype}. Pass the bytes as stored, not their values."
+            )
+        if packed.ndim < 1 or packed.ndim != scales.ndim or packed.shape[:-1] != scales.shape[:-1]:
+            raise ValueError(
+                "FP4Array.from_packed: scales must have packed's leading axes; got packed "
+                f"{packed.shape}, scales {scales.shape}. Expected scales [..., C/G] beside packed [..., C/2]."
+            )
+        columns, groups = 2 * packed.shape[-1], scales.shape[-1]
+        if (groups == 0) != (columns == 0) or (groups and columns % groups):
+            raise ValueError(
+                "FP4Array.from_packed: scales must divide the columns into equal groups; got "
+                f"{columns} columns, {groups} groups. MXFP4 has one scale to 32, NVFP4 one to 16."
+            )
+        if global_scale is not None:
+            if format == "mxfp4":
+                raise ValueError(
+                    "FP4Array.from_packed: global_scale must be None for mxfp4; got one. Pass format='nvfp4'."
+                )
+            global_scale = jnp.asarray(global_scale)
+            if global_scale.size != 1 or not jnp.issubdtype(global_scale.dtype, jnp.floating):
+                raise ValueError(
+                    "FP4Array.from_packed: global_scale must be one float; got "
+                    f"{global_scale.dtype}{global_scale.shape}. NVFP4 has one for the whole array."
+                )
+            global_scale = global_scale.astype(jnp.float32).reshape(())
+        if scales.dtype != jnp.uint8:
+            scales = jax.lax.bitcast_convert_type(scales, jnp.uint8)
+        return cls(_codes_from_bytes(packed), scales, global_scale, format)
+
+    @classmethod
+    def from_codes(cls, codes: UInt8[Array, "*rows C"], scales: UInt8[Array, "*rows groups"], **kwargs) -> FP4Array:
+        """As from_packed, from codes 0 .. 15 that have a byte each."""
+        if codes.ndim < 1 or codes.shape[-1] % 2:
+            raise ValueError(
+                f"FP4Array.from_codes: codes must have an even last axis; got {codes.shape}. Two make a byte."
+            )
+        return cls.from_packed(formats.pack_nibbles(codes), scales, **kwargs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical, [..., C]."""
+        return tuple(self.codes.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Of the logical shape."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def group_size(self) -> int:
+        """G, columns that share a scale."""
+        return self.shape[-1] // self.scales.shape[-1] if self.scales.shape[-1] else 0
+
+    @property
+    def scale_format(self) -> str:
+        """Of a scale byte: "e8m0" or "e4m3"."""
+        return SCALE_FORMATS[self.format]
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes that the array takes: half a byte a code, one a scale."""
+        return self.size // 2 + math.prod(self.scales.shape) + (0 if self.global_scale is None else 4)
+
+    @property
+    def packed(self) -> UInt8[Array, "*rows half"]:
+        """The codes as bytes [..., C/2]; free inside jit on a GPU."""
+        return _bytes_from_codes(self.codes)
+
+    def to_packed(self) -> tuple[Array, ...]:
+        """What from_packed takes: packed bytes, scale bytes, and the global scale where there is one."""
+        parts = (self.packed, self.scales)
+        return parts if self.global_scale is None else (*parts, self.global_scale)
+
+    def __getitem__(self, index) -> FP4Array:
+        """Index the leading axes; `[...]` is the array itself. The last axis cannot be cut: groups lie along it."""
+        if index is Ellipsis:
+            return self
+        parts = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in parts or len(parts) >= self.ndim:
+            raise IndexError(
+                f"FP4Array: an index must leave the last axis alone; got {index!r} for shape {self.shape}. "
+                "Dequantise to cut columns."
+            )
+        return dataclasses.replace(self, codes=self.codes[index], scales=self.scales[index])
+
+    def reshape(self, *shape: int) -> FP4Array:
+        """Another split of the leading axes; the last axis stays, since groups lie along it."""
+        if not shape or shape[-1] != self.shape[-1]:
+            raise ValueError(
+                f"FP4Array.reshape: the last axis must stay {self.shape[-1]}; got {shape}. Groups lie along it."
+            )
+        scales = self.scales.reshape(*shape[:-1], self.scales.shape[-1])
+        return dataclasses.replace(self, codes=self.codes.reshape(shape), scales=scales)
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows C"]:
+        """The values. MXFP4: exact in bfloat16 and float32 (infinite past their range, NaN under scale byte 255).
+
+        NVFP4: exact but for one rounding of the product with global_scale, in float32, then one to `dtype`.
+        """
+        if self.global_scale is None:
+            return self.without_global_scale(dtype)
+        return (self.without_global_scale(jnp.float32) * self.global_scale).astype(dtype)
+
+    def without_global_scale(self, dtype: DTypeLike) -> Float[Array, "*rows C"]:
+        """e2m1 * scale: exact in bfloat16 and float32 in either format."""
+        codes = formats.unpack_nibbles(self.packed)
+        rows, groups = self.shape[:-1], self.scales.shape[-1]
+        codes = codes.reshape(*rows, groups, self.group_size)
+        scales = jnp.broadcast_to(self.scales[..., None], codes.shape)
+        if self.format == "mxfp4":
+            value = formats.decode_e2m1(codes, dtype, scales.astype(jnp.int32) - 127)
+            value = jnp.where(scales == formats.E8M0_NAN, jnp.asarray(jnp.nan, dtype), value)
+        else:
+            value = formats.decode_e2m1(codes, dtype) * formats.decode_e4m3(scales, dtype)
+        return value.reshape(self.shape)
+
+
+def _codes_from_bytes(packed: UInt8[Array, "*rows half"]) -> Array:
+    codes = jax.lax.bitcast_convert_type(packed, jnp.float4_e2m1fn)
+    return codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def _bytes_from_codes(codes: Array) -> UInt8[Array, "*rows half"]:
+    pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    return jax.lax.bitcast_convert_type(pairs, jnp.uint8)

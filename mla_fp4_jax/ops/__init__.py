@@ -1,0 +1,4 @@
+"""Products with packed FP4 weights: one API, several implementations."""
+
+from mla_fp4_jax.ops.bmm import fp4_bmm as fp4_bmm
+from mla_fp4_jax.ops.linear import fp4_linear as fp4_linear

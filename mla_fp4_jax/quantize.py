@@ -1,0 +1,105 @@
+"""Quantising to MXFP4 and NVFP4. Only ever on request: nothing in this library calls it on a loaded weight."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from mla_fp4_jax import formats
+from mla_fp4_jax.fp4_array import FP4Array
+
+MXFP4_GROUP = 32
+NVFP4_GROUP = 16
+SCALE_RULES = ("even", "floor", "ceil", "rceil")
+# Mantissa bits of a group's largest magnitude, m in [1, 2), from which its scale takes the next power of two:
+# even at 1.75, where rounding to e2m1 would pass 6; ceil above 1; rceil above 1.5, the largest m of 6 = 1.5 * 4.
+_STEP_UP_FROM = {"even": 0x600000, "floor": 1 << 23, "ceil": 1, "rceil": 0x400001}
+_E2M1_EXPONENT_MAX = 2  # 6 = 1.5 * 2^2
+_NVFP4_LARGEST = formats.E4M3_MAX * formats.E2M1_MAX
+_F32_INF = 0x7F800000
+
+
+def quantize_mxfp4(w: Float[Array, "*rows C"], *, scale_rule: str = "even") -> FP4Array:
+    """MXFP4 in groups of 32 along the last axis: a power-of-two scale each, elements to nearest even.
+
+    With a group's largest magnitude m * 2^e, m in [1, 2), the scale is 2^(e-2) or 2^(e-1):
+
+        floor   2^(e-2) always (OCP MX v1.0, section 6.3); magnitudes above 6 * 2^(e-2) saturate
+        even    2^(e-1) from m = 1.75: AMD Quark, llm-compressor; the least error of the four
+        ceil    2^(e-1) above m = 1: nothing saturates
+        rceil   2^(e-1) above m = 1.5: ModelOpt, MLX; nothing saturates
+
+    Args:
+        w: bfloat16, float16 or float32.
+        scale_rule: one of the above.
+
+    Returns:
+        The array; a group of zeros decodes to zeros. Bits are the same on every device.
+
+    Raises:
+        ValueError: NaN or infinite values. Under jit, where they cannot be refused, their group's scale becomes
+            255, so that it decodes to NaN.
+    """
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(
+            f"quantize_mxfp4: scale_rule must be one of {SCALE_RULES}; got {scale_rule!r}. 'even' has the least error."
+        )
+    groups = _groups("quantize_mxfp4", w, MXFP4_GROUP)
+    largest = _largest_bits(groups)
+    step = jnp.where((largest & 0x7FFFFF) >= _STEP_UP_FROM[scale_rule], 1, 0)
+    byte = jnp.clip((largest >> 23) + step - _E2M1_EXPONENT_MAX, 0, 254)
+    codes = formats.encode_e2m1(groups, jnp.broadcast_to(byte[..., None] - 127, groups.shape))
+    byte = jnp.where(largest >= _F32_INF, formats.E8M0_NAN, byte)
+    return FP4Array.from_codes(codes.reshape(w.shape), byte.astype(jnp.uint8))
+
+
+def quantize_nvfp4(w: Float[Array, "*rows C"]) -> FP4Array:
+    """NVFP4 in groups of 16 along the last axis: an e4m3 scale each, one float32 scale for the array.
+
+        global_scale = max|w| / (448 * 6);  scale = e4m3(max|group| / 6 / global_scale), at least 2^-9
+
+    Args:
+        w: bfloat16, float16 or float32.
+
+    Returns:
+        The array; elements are w / (scale * global_scale) to nearest even. All zeros: global_scale is 1.
+
+    Raises:
+        ValueError: NaN or infinite values. Under jit the whole array becomes NaN.
+    """
+    groups = _groups("quantize_nvfp4", w, NVFP4_GROUP)
+    wide = groups.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1)
+    # Behind a barrier XLA sees no constant divisor, which it would turn into a multiplication, one bit off.
+    six, most = jax.lax.optimization_barrier((jnp.float32(formats.E2M1_MAX), jnp.float32(_NVFP4_LARGEST)))
+    global_scale = jnp.max(largest, initial=0.0) / most
+    global_scale = jnp.where(global_scale == 0, 1.0, global_scale)
+    smallest = 2.0**-9  # e4m3's least; a zero scale would lose the group
+    byte = formats.encode_e4m3(jnp.maximum(largest / six / global_scale, smallest))
+    reciprocal = (1.0 / global_scale) / formats.decode_e4m3(byte)
+    codes = formats.encode_e2m1(wide * reciprocal[..., None])
+    return FP4Array.from_codes(codes.reshape(w.shape), byte, global_scale=global_scale, format="nvfp4")
+
+
+def _groups(where: str, w: Float[Array, "*rows C"], group: int) -> Float[Array, "*rows groups G"]:
+    w = jnp.asarray(w)
+    if w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(f"{where}: w must be bfloat16, float16 or float32; got {w.dtype}. Cast it first.")
+    if w.ndim < 1 or w.shape[-1] % group:
+        raise ValueError(
+            f"{where}: w must have a last axis of whole groups of {group}; got {w.shape}. "
+            f"Pad it to {-(-(w.shape[-1] if w.ndim else 1) // group) * group} columns."
+        )
+    if not isinstance(w, jax.core.Tracer):
+        bad = int(jnp.size(w) - jnp.sum(jnp.isfinite(w)))
+        if bad:
+            raise ValueError(
+                f"{where}: w must be finite; got {bad} NaN or infinite values. Repair the weights first."
+            )
+    return w.reshape(*w.shape[:-1], w.shape[-1] // group, group)
+
+
+def _largest_bits(groups: Float[Array, "*rows groups G"]) -> Int32[Array, "*rows groups"]:
+    """Float32 bits of each group's largest magnitude: non-negative floats are ordered as their bits are."""
+    return jnp.max(formats.f32_bits(groups) & 0x7FFFFFFF, axis=-1)

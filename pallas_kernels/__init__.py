@@ -1,0 +1,1 @@
+"""Pallas kernels on packed FP4 weights. Knows arrays of bytes, not modules or checkpoints; needs JAX alone."""
