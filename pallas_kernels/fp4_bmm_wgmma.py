@@ -1,0 +1,421 @@
+"""The batched FP4 matmul for Hopper: weights decoded into wgmma's register operand, tokens as its N side.
+
+    out[b, h, m] = sum_k x[b, h, x0 + k] A[h, m, k]        A in fragment order (fragments.py), exact
+
+A CTA owns `warpgroups * tiles` blocks of 64 outputs of one head and `token_tiles` tiles of `tokens` tokens. Every
+thread first asks for all the weight bytes it will ever need (16-byte loads, all in flight at once: at few tokens the
+kernel is as fast as those bytes arrive), then the CTA asks for x, which cp.async lays into shared memory as wgmma wants
+it (rows of 128 bytes, 128-byte swizzle). Weights are decoded once, into registers that serve every token tile. Results
+go through shared memory (stmatrix, transposed) to 16-byte stores of rows of the output.
+
+Batch invariance: whatever the config, an output is one chain of wgmma k16 steps over ascending k into one float32
+accumulator. A row's result does not depend, bit for bit, on the batch that it sits in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.fp4_fragment_ptx import bias_scales, decode_word, multiply, scale_pair
+from pallas_kernels.fragments import BLOCK, GROUP
+from pallas_kernels.ptx import Ptx, vector
+
+_SLAB_BYTES = 128  # 64 bfloat16: the swizzle's row
+_BLOCK_BYTES = 2048  # a 64 x 64 block of weights
+_ALIGNMENT = 1024  # of a swizzled matrix: eight rows
+_ALL = 15  # named barrier of the whole CTA; 1 .. warpgroups are the warpgroups' own
+# wgmma's descriptor of x (PTX ISA, "Matrix descriptor"): 128-byte swizzle, 1024 bytes from 8 rows to the next.
+_DESCRIPTOR = (1 << 62) | ((_ALIGNMENT >> 4) << 32) | (1 << 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is tiled; no choice changes a bit of the result.
+
+    Attributes:
+        tokens: tokens of a wgmma, a multiple of 8.
+        warpgroups: of a CTA.
+        tiles: 64-output tiles that a warpgroup computes.
+        token_tiles: tiles of `tokens` tokens that a CTA computes.
+        slots: token tiles of x in shared memory at once.
+        accumulators: sets of accumulator registers; with more than one, stores overlap the next tile's products.
+        delay: x of tiles after the first is asked for once so many 64-k blocks of weights have arrived.
+    """
+
+    tokens: int
+    warpgroups: int
+    tiles: int
+    token_tiles: int = 1
+    slots: int = 1
+    accumulators: int = 1
+    delay: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static side of a product. Sizes are elements unless they say bytes.
+
+    Attributes:
+        transposed: the weights are a head's key rows (k_up); else its other rows.
+        batch, heads: B, H.
+        outputs: M.
+        contraction: K.
+        x_width, first_x: x is [B, H, x_width] and used from column first_x on.
+        head_code_bytes, first_code_byte: of a head's codes, and where the used ones begin in it.
+        head_scale_bytes, first_scale_byte: likewise.
+    """
+
+    transposed: bool
+    batch: int
+    heads: int
+    outputs: int
+    contraction: int
+    x_width: int
+    first_x: int
+    head_code_bytes: int
+    first_code_byte: int
+    head_scale_bytes: int
+    first_scale_byte: int
+
+
+def grid(problem: Problem, config: Config) -> int:
+    """CTAs: the parts of a head's outputs vary fastest, then heads, then token tiles."""
+    parts = problem.outputs // (BLOCK * config.warpgroups * config.tiles)
+    return parts * problem.heads * -(-problem.batch // (config.tokens * config.token_tiles))
+
+
+def shared_memory_bytes(problem: Problem, config: Config) -> int:
+    """x slots, two staging buffers a warpgroup, and what aligning them may cost."""
+    return _ALIGNMENT + config.slots * _slot_bytes(problem, config) + 2 * config.warpgroups * _box_bytes(config)
+
+
+def check_config(problem: Problem, config: Config) -> None:
+    """Raise ValueError unless the config fits the problem."""
+    c = config
+    rules = {
+        "tokens must be a multiple of 8 in 8 .. 128": c.tokens % 8 == 0 and 8 <= c.tokens <= 128,
+        "warpgroups must be 1, 2 or 4": c.warpgroups in (1, 2, 4),
+        "warpgroups * tiles must divide the 64-output tiles": c.tiles >= 1
+        and (problem.outputs // BLOCK) % (c.warpgroups * c.tiles) == 0,
+        "slots must be 1 .. token_tiles": 1 <= c.slots <= c.token_tiles,
+        "a ring of slots must hold one more tile than accumulators": c.slots == c.token_tiles
+        or c.slots > c.accumulators,
+        "several tiles must come with all token tiles in slots": c.tiles == 1 or c.slots == c.token_tiles,
+        "shared memory must hold at most 227 KiB": shared_memory_bytes(problem, c) <= 227 * 1024,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(f"fp4_bmm_wgmma: {rule}; got {config} for {problem}. Leave config out for a default.")
+
+
+def program(problem: Problem, config: Config) -> str:
+    """The whole kernel. Operands: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
+    return _Kernel(problem, config).emit()
+
+
+def _slot_bytes(problem: Problem, config: Config) -> int:
+    return config.tokens * problem.contraction * 2
+
+
+def _box_bytes(config: Config) -> int:
+    return config.tokens * _SLAB_BYTES
+
+
+class _Kernel:
+    """Emits the program; the steps are in the order of the methods."""
+
+    def __init__(self, problem: Problem, config: Config):
+        self.p, self.c, self.ptx = problem, config, Ptx()
+        self.blocks = problem.contraction // BLOCK  # 64-k blocks, also slabs of x
+        self.k_steps = problem.contraction // 16
+        self.committed: list[int] = []  # token tiles in the order of their cp.async groups; -1 for an empty group
+
+    def emit(self) -> str:
+        self._indices()
+        self._load_weights()
+        self._x_addresses()
+        self._output_addresses()
+        prologue = 1 if self.c.delay else self.c.slots
+        for tile in range(prologue):
+            self._load_x(tile)
+        self._multiply()
+        return self.ptx.text()
+
+    def _indices(self) -> None:
+        """This thread's place in the grid: head, first output tile, first token; in the warpgroup: w, g, t."""
+        ptx, p, c = self.ptx, self.p, self.c
+        names = ("tid", "thread", "lane", "w", "wg", "g", "t", "head", "tile", "token", "tmp", "tmp2")
+        for name in names:
+            setattr(self, name, ptx.reg(name))
+        self.wide, self.wide2 = ptx.regs("wide", 2, "b64")
+        self.pred, self.fits = ptx.reg("pred", "pred"), ptx.reg("fits", "pred")
+        parts = p.outputs // (BLOCK * c.warpgroups * c.tiles)
+        ptx(
+            f"mov.u32 {self.tid}, %tid.x;",
+            f"and.b32 {self.thread}, {self.tid}, 127;",
+            f"and.b32 {self.lane}, {self.tid}, 31;",
+            f"shr.u32 {self.w}, {self.thread}, 5;",
+            f"shr.u32 {self.wg}, {self.tid}, 7;",
+            f"shr.u32 {self.g}, {self.lane}, 2;",
+            f"and.b32 {self.t}, {self.lane}, 3;",
+            f"mov.u32 {self.tmp}, %ctaid.x;",
+            f"rem.u32 {self.tile}, {self.tmp}, {parts};",
+            f"div.u32 {self.tmp}, {self.tmp}, {parts};",
+            f"rem.u32 {self.head}, {self.tmp}, {p.heads};",
+            f"div.u32 {self.token}, {self.tmp}, {p.heads};",
+            f"mul.lo.u32 {self.token}, {self.token}, {c.tokens * c.token_tiles};",
+            f"mad.lo.u32 {self.tile}, {self.tile}, {c.warpgroups}, {self.wg};",
+            f"mul.lo.u32 {self.tile}, {self.tile}, {c.tiles};",
+        )
+
+    def _load_weights(self) -> None:
+        """Ask for every byte of weights and scales that this thread will use."""
+        ptx, p, c = self.ptx, self.p, self.c
+        codes, scales = ptx.reg("codes", "b64"), ptx.reg("scales", "b64")
+        ptx(
+            f"mul.wide.u32 {self.wide}, {self.head}, {p.head_code_bytes};",
+            f"add.u64 {codes}, $1, {self.wide};",
+            f"mul.wide.u32 {self.wide}, {self.tile}, {self.blocks * _BLOCK_BYTES};",
+            f"add.u64 {codes}, {codes}, {self.wide};",
+            f"mul.wide.u32 {self.wide}, {self.thread}, 16;",
+            f"add.u64 {codes}, {codes}, {self.wide};",
+        )
+        self.words: list[list[str]] = []  # [tile][k step]
+        for tile in range(c.tiles):
+            words = []
+            for block in range(self.blocks):
+                four = ptx.regs("word", 4)
+                offset = p.first_code_byte + (tile * self.blocks + block) * _BLOCK_BYTES
+                ptx(f"ld.global.nc.L1::no_allocate.v4.b32 {vector(four)}, [{codes}+{offset}];")
+                words += four
+            self.words.append(words)
+        # A thread's scales of a tile: transposed [m32][t][K/4 bytes], else [m16][g][K/16 bytes].
+        share = p.contraction // (4 if p.transposed else 16)
+        if p.transposed:
+            ptx(
+                f"shr.u32 {self.tmp}, {self.w}, 1;",
+                f"mad.lo.u32 {self.tmp}, {self.tile}, 2, {self.tmp};",
+                f"mad.lo.u32 {self.tmp}, {self.tmp}, 4, {self.t};",
+            )
+        else:
+            ptx(
+                f"mad.lo.u32 {self.tmp}, {self.tile}, 4, {self.w};",
+                f"mad.lo.u32 {self.tmp}, {self.tmp}, 8, {self.g};",
+            )
+        ptx(
+            f"mul.wide.u32 {self.wide}, {self.tmp}, {share};",
+            f"add.u64 {scales}, $2, {self.wide};",
+            f"mul.wide.u32 {self.wide}, {self.head}, {p.head_scale_bytes};",
+            f"add.u64 {scales}, {scales}, {self.wide};",
+        )
+        width = 4 if share % 16 == 0 else 2 if share % 8 == 0 else 1
+        self.scales: list[list[str]] = []  # [tile][word]
+        for tile in range(c.tiles):
+            words = []
+            for first in range(0, share, 4 * width):
+                some = ptx.regs("scale", width)
+                offset = p.first_scale_byte + tile * (BLOCK * p.contraction // GROUP) + first
+                suffix = f".v{width}" if width > 1 else ""
+                ptx(f"ld.global.nc{suffix}.b32 {vector(some) if width > 1 else some[0]}, [{scales}+{offset}];")
+                words += some
+            self.scales.append(words)
+
+    def _x_addresses(self) -> None:
+        """Thread -> 16-byte chunk tid % 8 of row tid / 8 of a slab; the swizzle is chunk ^ (row % 8)."""
+        ptx, p = self.ptx, self.p
+        self.shared, self.x_row, self.x_to = ptx.reg("shared"), ptx.reg("x_row"), ptx.reg("x_to")
+        self.x_from = ptx.reg("x_from", "b64")
+        ptx(
+            f"add.u32 {self.shared}, $4, {_ALIGNMENT - 1};",
+            f"and.b32 {self.shared}, {self.shared}, -{_ALIGNMENT};",
+            f"shr.u32 {self.x_row}, {self.tid}, 3;",
+            f"and.b32 {self.tmp}, {self.tid}, 7;",
+            f"add.u32 {self.tmp2}, {self.token}, {self.x_row};",
+            f"mad.lo.u32 {self.tmp2}, {self.tmp2}, {p.heads}, {self.head};",
+            f"mul.wide.u32 {self.wide}, {self.tmp2}, {p.x_width * 2};",
+            f"add.u64 {self.x_from}, $0, {self.wide};",
+            f"mul.wide.u32 {self.wide}, {self.tmp}, 16;",
+            f"add.u64 {self.x_from}, {self.x_from}, {self.wide};",
+            f"xor.b32 {self.tmp}, {self.tmp}, {self.x_row};",
+            f"and.b32 {self.tmp}, {self.tmp}, 7;",
+            f"shl.b32 {self.tmp}, {self.tmp}, 4;",
+            f"shl.b32 {self.tmp2}, {self.x_row}, 7;",
+            f"add.u32 {self.x_to}, {self.tmp}, {self.tmp2};",
+            f"add.u32 {self.x_to}, {self.x_to}, {self.shared};",
+        )
+
+    def _load_x(self, tile: int) -> None:
+        """Start copying a token tile of x to its slot; tokens past the batch become zeros and are not read."""
+        ptx, p, c = self.ptx, self.p, self.c
+        slot = (tile % c.slots) * _slot_bytes(p, c)
+        rows = 16 * c.warpgroups  # that the CTA's threads copy at once
+        for first in range(0, c.tokens, rows):
+            token = tile * c.tokens + first
+            ptx(
+                f"add.u32 {self.tmp}, {self.token}, {self.x_row};",
+                f"add.u32 {self.tmp}, {self.tmp}, {token};",
+                f"setp.lt.u32 {self.pred}, {self.tmp}, {p.batch};",
+                f"selp.b32 {self.tmp}, 16, 0, {self.pred};",
+            )
+            guard = ""
+            if first + rows > c.tokens:
+                ptx(f"setp.lt.u32 {self.fits}, {self.x_row}, {c.tokens - first};")
+                guard = f"@{self.fits} "
+            for slab in range(self.blocks):
+                to = slot + slab * _box_bytes(c) + first * _SLAB_BYTES
+                source = (token * p.heads * p.x_width + p.first_x + slab * BLOCK) * 2
+                ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x_from}+{source}], 16, {self.tmp};")
+        ptx("cp.async.commit_group;")
+        self.committed.append(tile)
+
+    def _await_x(self, tile: int) -> None:
+        """All threads' copies of a token tile are there; also, all have done with what they completed before."""
+        later = len(self.committed) - 1 - self.committed.index(tile)
+        self.ptx(
+            f"cp.async.wait_group {later};", "fence.proxy.async.shared::cta;", f"bar.sync {_ALL}, {self._threads()};"
+        )
+
+    def _threads(self) -> int:
+        return 128 * self.c.warpgroups
+
+    def _output_addresses(self) -> None:
+        """Where this lane's stmatrix rows and this thread's 16-byte stores go.
+
+        A staging box is [tokens][64 outputs], swizzled like x. stmatrix.x4: lane 8i + j gives the address of row
+        (token) j of matrix i; i & 1 are the outputs 8 .. 15 of 16, i >> 1 the next eight tokens.
+        """
+        ptx, p, c = self.ptx, self.p, self.c
+        self.stage, self.box, self.out_row = ptx.reg("stage"), ptx.reg("box"), ptx.reg("out_row")
+        self.out = ptx.reg("out", "b64")
+        boxes = c.slots * _slot_bytes(p, c)
+        ptx(
+            f"mad.lo.u32 {self.stage}, {self.wg}, {2 * _box_bytes(c)}, {self.shared};",
+            f"add.u32 {self.stage}, {self.stage}, {boxes};",
+            # this thread's chunk (tid % 8) of row (thread / 8)
+            f"shr.u32 {self.out_row}, {self.thread}, 3;",
+            f"and.b32 {self.tmp}, {self.thread}, 7;",
+            f"xor.b32 {self.tmp2}, {self.tmp}, {self.out_row};",
+            f"and.b32 {self.tmp2}, {self.tmp2}, 7;",
+            f"shl.b32 {self.tmp2}, {self.tmp2}, 4;",
+            f"mad.lo.u32 {self.tmp2}, {self.out_row}, {_SLAB_BYTES}, {self.tmp2};",
+            f"add.u32 {self.box}, {self.stage}, {self.tmp2};",
+            f"mul.lo.u32 {self.tmp2}, {self.tile}, {BLOCK};",
+            f"mad.lo.u32 {self.tmp2}, {self.tmp}, 8, {self.tmp2};",
+            f"mul.wide.u32 {self.wide}, {self.tmp2}, 2;",
+            f"add.u64 {self.out}, $3, {self.wide};",
+            f"add.u32 {self.tmp}, {self.token}, {self.out_row};",
+            f"mad.lo.u32 {self.tmp}, {self.tmp}, {p.heads}, {self.head};",
+            f"mul.wide.u32 {self.wide}, {self.tmp}, {p.outputs * 2};",
+            f"add.u64 {self.out}, {self.out}, {self.wide};",
+            # this lane's stmatrix row
+            f"and.b32 {self.tmp}, {self.lane}, 7;",
+            f"mad.lo.u32 {self.stage}, {self.tmp}, {_SLAB_BYTES}, {self.stage};",
+            f"shr.u32 {self.tmp2}, {self.lane}, 4;",
+            f"mad.lo.u32 {self.stage}, {self.tmp2}, {8 * _SLAB_BYTES}, {self.stage};",
+            f"shr.u32 {self.tmp2}, {self.lane}, 3;",
+            f"and.b32 {self.tmp2}, {self.tmp2}, 1;",
+            f"mad.lo.u32 {self.tmp2}, {self.w}, 2, {self.tmp2};",
+            f"xor.b32 {self.tmp}, {self.tmp}, {self.tmp2};",
+            f"mad.lo.u32 {self.stage}, {self.tmp}, 16, {self.stage};",
+        )
+
+    def _multiply(self) -> None:
+        ptx, c = self.ptx, self.c
+        self.descriptor, self.at = ptx.regs("descriptor", 2, "b64")
+        ptx(
+            f"shr.u32 {self.tmp}, {self.shared}, 4;",
+            f"and.b32 {self.tmp}, {self.tmp}, 0x3FFF;",
+            f"cvt.u64.u32 {self.descriptor}, {self.tmp};",
+            f"or.b64 {self.descriptor}, {self.descriptor}, {_DESCRIPTOR};",
+        )
+        self.factors, self.packed = ptx.regs("factor", 2), ptx.regs("packed", 4)
+        fragments = [[ptx.regs("a", 4) for _ in range(self.k_steps)] for _ in range(c.tiles)]
+        accumulators = [ptx.regs("acc", c.tokens // 2, "f32") for _ in range(c.accumulators)]
+        # Output tiles outside: the first pass over the token tiles needs the first tile's weights only.
+        steps = [(tile, token_tile) for tile in range(c.tiles) for token_tile in range(c.token_tiles)]
+        groups = []  # wgmma groups committed by each step
+        for number, (tile, token_tile) in enumerate(steps):
+            groups.append(self._step(tile, token_tile, fragments[tile], accumulators[number % c.accumulators]))
+            done = number - (c.accumulators - 1)
+            if done >= 0:
+                self._finish(done, steps[done], accumulators[done % c.accumulators], sum(groups[done + 1 :]))
+        for done in range(max(len(steps) - c.accumulators + 1, 0), len(steps)):
+            self._finish(done, steps[done], accumulators[done % c.accumulators], sum(groups[done + 1 :]))
+
+    def _step(self, tile: int, token_tile: int, fragments: list[list[str]], acc: list[str]) -> int:
+        """One output tile by one token tile; decodes the weights on first use."""
+        ptx, c = self.ptx, self.c
+        groups = 0
+        for first in range(0, self.k_steps, 4):
+            if token_tile == 0:
+                for step in range(first, first + 4):
+                    self._decode(tile, step, fragments[step])
+                if c.delay and tile == 0 and first == 4 * (c.delay - 1):
+                    for later in range(1, c.slots):
+                        self._load_x(later)
+            if tile == 0 and first == 0:
+                self._await_x(token_tile)
+                free = token_tile - c.accumulators  # its products are complete
+                if free >= 0 and free + c.slots < c.token_tiles:
+                    self._load_x(free + c.slots)
+            if token_tile == 0 or first == 0:
+                ptx("wgmma.fence.sync.aligned;")
+            for step in range(first, first + 4):
+                slot = (token_tile % c.slots) * _slot_bytes(self.p, c)
+                offset = (slot + step // 4 * _box_bytes(c)) // 16 + (step % 4) * 2
+                ptx(
+                    f"add.u64 {self.at}, {self.descriptor}, {offset};",
+                    f"wgmma.mma_async.sync.aligned.m64n{c.tokens}k16.f32.bf16.bf16 {vector(acc)}, "
+                    f"{vector(fragments[step])}, {self.at}, {int(step > 0)}, 1, 1, 0;",
+                )
+            if token_tile == 0 or first + 4 == self.k_steps:
+                ptx("wgmma.commit_group.sync.aligned;")
+                groups += 1
+        return groups
+
+    def _decode(self, tile: int, step: int, into: list[str]) -> None:
+        ptx, scales = self.ptx, self.scales[tile]
+        if step == 0:
+            bias_scales(ptx, scales)
+        decode_word(ptx, self.words[tile][step], into)
+        low, high = self.factors
+        if self.p.transposed:  # a factor for each of the thread's four k, the same for both rows
+            scale_pair(ptx, scales[step], 0, 1, low)
+            scale_pair(ptx, scales[step], 2, 3, high)
+        elif step % 2 == 0:  # a factor for each of its two rows, the same for 32 k
+            byte = 2 * (step // 2 % 2)
+            scale_pair(ptx, scales[step // 4], byte, byte, low)
+            scale_pair(ptx, scales[step // 4], byte + 1, byte + 1, high)
+        for p, register in enumerate(into):
+            multiply(ptx, register, self.factors[p >> 1 if self.p.transposed else p & 1])
+
+    def _finish(self, number: int, step: tuple[int, int], acc: list[str], later: int) -> None:
+        """Round a step's results to bfloat16 and store them; `later` wgmma groups may still run."""
+        ptx, p, c = self.ptx, self.p, self.c
+        tile, token_tile = step
+        ptx(f"wgmma.wait_group.sync.aligned {later};")
+        buffer = number % 2 * _box_bytes(c)
+        for first in range(0, c.tokens // 8, 2):
+            count = min(2, c.tokens // 8 - first)
+            for e in range(2 * count):  # accumulators 4n .. 4n + 3: row g at tokens 2t, 2t + 1, then row g + 8
+                i = 4 * (first + (e >> 1)) + 2 * (e & 1)
+                ptx(f"cvt.rn.bf16x2.f32 {self.packed[e]}, {acc[i + 1]}, {acc[i]};")
+            ptx(
+                f"stmatrix.sync.aligned.m8n8.x{2 * count}.trans.shared.b16 "
+                f"[{self.stage}+{buffer + first * 8 * _SLAB_BYTES}], {vector(self.packed[: 2 * count])};"
+            )
+        ptx(f"add.u32 {self.tmp2}, {self.wg}, 1;", f"bar.sync {self.tmp2}, 128;")
+        for first in range(0, c.tokens, 16):
+            token = token_tile * c.tokens + first
+            ptx(
+                f"add.u32 {self.tmp}, {self.token}, {self.out_row};",
+                f"add.u32 {self.tmp}, {self.tmp}, {token};",
+                f"setp.lt.u32 {self.pred}, {self.tmp}, {p.batch};",
+            )
+            if first + 16 > c.tokens:
+                ptx(f"setp.lt.and.u32 {self.pred}, {self.out_row}, {c.tokens - first}, {self.pred};")
+            to = token * p.heads * p.outputs * 2 + tile * BLOCK * 2
+            ptx(
+                f"@{self.pred} ld.shared.v4.b32 {vector(self.packed)}, [{self.box}+{buffer + first * _SLAB_BYTES}];",
+                f"@{self.pred} st.global.v4.b32 [{self.out}+{to}], {vector(self.packed)};",
+            )

@@ -1,0 +1,50 @@
+"""PTX that decodes FP4 weights in fragment order (see fragments.py) and folds their scales in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pallas_kernels.ptx import Ptx
+
+# Sign (15), exponent (8, 7) and mantissa (6) of both halves of a register; see fragments.py.
+_FIELDS = "0x81C081C0"
+_FIELDS_BUT_MANTISSA = "0x81808180"
+_MANTISSA = "0x00400040"
+_OR_AND = "0xEA"  # lop3's table of (a & b) | c
+# Added to four scale bytes at once: byte + 126 is the exponent field of 2^(byte - 1), which undoes the 2^-126 of a
+# decoded code as well. No byte carries into the next, for fragment order holds bytes up to 128 only.
+_SCALE_BIAS = "0x7E7E7E7E"
+
+
+def decode_word(ptx: Ptx, word: str, into: Sequence[str]) -> None:
+    """Eight codes to the four registers of an A fragment: bfloat16 pairs e2m1 * 2^-126."""
+    a, b, c, d = into
+    t = ptx.regs("decode", 3)
+    ptx(
+        f"and.b32 {a}, {word}, {_FIELDS};",
+        f"shf.r.wrap.b32 {t[0]}, {word}, {word}, 4;",
+        f"and.b32 {b}, {t[0]}, {_FIELDS};",
+        f"shl.b32 {t[1]}, {word}, 6;",
+        f"and.b32 {c}, {t[1]}, {_FIELDS};",
+        f"shf.r.wrap.b32 {t[2]}, {word}, {word}, 6;",
+        f"and.b32 {d}, {t[2]}, {_FIELDS_BUT_MANTISSA};",
+        f"shl.b32 {t[2]}, {word}, 2;",
+        f"lop3.b32 {d}, {t[2]}, {_MANTISSA}, {d}, {_OR_AND};",
+    )
+
+
+def bias_scales(ptx: Ptx, scales: Sequence[str]) -> None:
+    """Turn scale bytes, four to a register, into exponent fields, in place."""
+    for word in scales:
+        ptx(f"add.u32 {word}, {word}, {_SCALE_BIAS};")
+
+
+def scale_pair(ptx: Ptx, word: str, low: int, high: int, into: str) -> None:
+    """Two of a word's exponent fields as bfloat16 powers of two, one to a half."""
+    # prmt's digits choose bytes from the last: low, 0, high, 0 (4 is a byte of the zero operand).
+    ptx(f"prmt.b32 {into}, {word}, 0, 0x4{high}4{low};", f"shl.b32 {into}, {into}, 7;")
+
+
+def multiply(ptx: Ptx, register: str, factor: str) -> None:
+    """register *= factor, as bfloat16 pairs; exact here: two significant bits times a power of two."""
+    ptx(f"mul.rn.bf16x2 {register}, {register}, {factor};")
