@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,6 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from mla_fp4_jax import formats
+from pallas_kernels import fragments
+from pallas_kernels.fragments import FragmentOrder
 
 FORMATS = ("mxfp4", "nvfp4")
 SCALE_FORMATS = {"mxfp4": "e8m0", "nvfp4": "e4m3"}
@@ -31,12 +34,15 @@ class FP4Array:
         scales: uint8 [..., C/G]: e8m0 bytes in MXFP4 (2^(byte - 127), 255 is NaN), e4m3fn bytes in NVFP4.
         global_scale: float32 scalar of NVFP4; None for 1.
         format: "mxfp4" or "nvfp4" (static).
+        order: None where codes and scales lie as described; else the same bytes lie in this kernel's order
+            (static). Everything but the attributes codes, scales and packed undoes it.
     """
 
     codes: Array
     scales: UInt8[Array, "*rows groups"]
     global_scale: Float[Array, ""] | None = None
     format: str = dataclasses.field(default="mxfp4", metadata={"static": True})
+    order: FragmentOrder | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def from_packed(
@@ -143,19 +149,61 @@ class FP4Array:
 
     @property
     def packed(self) -> UInt8[Array, "*rows half"]:
-        """The codes as bytes [..., C/2]; free inside jit on a GPU."""
+        """The codes as bytes [..., C/2], in the order in which they are held; free inside jit on a GPU."""
         return _bytes_from_codes(self.codes)
 
     def to_packed(self) -> tuple[Array, ...]:
         """What from_packed takes: packed bytes, scale bytes, and the global scale where there is one."""
+        if self.order is not None:
+            return self.in_checkpoint_order().to_packed()
         parts = (self.packed, self.scales)
         return parts if self.global_scale is None else (*parts, self.global_scale)
+
+    def fragment_order_why_not(self, key_rows: int = 0) -> str | None:
+        """Why in_fragment_order would refuse, or None. Reads the scales, so they must be concrete."""
+        if self.format != "mxfp4":
+            return f"only MXFP4 has one; this is {self.format}."
+        reason = fragments.unsupported(_by_head(self.shape), self.group_size, FragmentOrder(key_rows))
+        if reason is not None or self.size == 0:
+            return reason
+        largest = int(jnp.max(self.scales))
+        if largest > fragments.MAX_SCALE_BYTE:
+            return (
+                f"its kernels take scale bytes up to {fragments.MAX_SCALE_BYTE} (2^{fragments.MAX_SCALE_BYTE - 127}); "
+                f"the largest is {largest}."
+            )
+        return None
+
+    def in_fragment_order(self, key_rows: int = 0) -> FP4Array:
+        """The same bytes as the Hopper kernels want them (pallas_kernels/fragments.py); done once, at load.
+
+        Args:
+            key_rows: of each head [N, C], the first rows that fp4_bmm will contract over ("rows"): P of kv_b_proj, 0
+                of a plain linear.
+
+        Raises:
+            ValueError: weights whose shape or scales that order cannot hold; see fragment_order_why_not.
+        """
+        if self.order is not None:
+            return self if self.order.key_rows == key_rows else self.in_checkpoint_order().in_fragment_order(key_rows)
+        reason = self.fragment_order_why_not(key_rows)
+        if reason is not None:
+            raise ValueError(
+                f"FP4Array.in_fragment_order: the array must fit fragment order; {reason} Keep it as it is."
+            )
+        return _to_fragments(self, FragmentOrder(key_rows))
+
+    def in_checkpoint_order(self) -> FP4Array:
+        """The same bytes in row-major order, as from_packed took them; jittable."""
+        return self if self.order is None else _from_fragments(self)
 
     def __getitem__(self, index) -> FP4Array:
         """Index the leading axes; `[...]` is the array itself. The last axis cannot be cut: groups lie along it."""
         if index is Ellipsis:
             return self
         parts = index if isinstance(index, tuple) else (index,)
+        if self.order is not None and len(parts) >= self.ndim - 1:
+            return self.in_checkpoint_order()[index]
         if Ellipsis in parts or len(parts) >= self.ndim:
             raise IndexError(
                 f"FP4Array: an index must leave the last axis alone; got {index!r} for shape {self.shape}. "
@@ -169,6 +217,8 @@ class FP4Array:
             raise ValueError(
                 f"FP4Array.reshape: the last axis must stay {self.shape[-1]}; got {shape}. Groups lie along it."
             )
+        if self.order is not None and shape != self.shape:
+            return self.in_checkpoint_order().reshape(*shape)
         scales = self.scales.reshape(*shape[:-1], self.scales.shape[-1])
         return dataclasses.replace(self, codes=self.codes.reshape(shape), scales=scales)
 
@@ -183,6 +233,8 @@ class FP4Array:
 
     def without_global_scale(self, dtype: DTypeLike) -> Float[Array, "*rows C"]:
         """e2m1 * scale: exact in bfloat16 and float32 in either format."""
+        if self.order is not None:
+            return self.in_checkpoint_order().without_global_scale(dtype)
         codes = formats.unpack_nibbles(self.packed)
         rows, groups = self.shape[:-1], self.scales.shape[-1]
         codes = codes.reshape(*rows, groups, self.group_size)
@@ -193,6 +245,27 @@ class FP4Array:
         else:
             value = formats.decode_e2m1(codes, dtype) * formats.decode_e4m3(scales, dtype)
         return value.reshape(self.shape)
+
+
+def _by_head(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1, *shape) if len(shape) == 2 else shape
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _to_fragments(w: FP4Array, order: FragmentOrder) -> FP4Array:
+    codes = formats.unpack_nibbles(w.packed).reshape(_by_head(w.shape))
+    packed, scales = fragments.to_fragments(codes, w.scales.reshape(_by_head(w.scales.shape)), order)
+    packed, scales = packed.reshape(w.packed.shape), scales.reshape(w.scales.shape)
+    return dataclasses.replace(w, codes=_codes_from_bytes(packed), scales=scales, order=order)
+
+
+@jax.jit
+def _from_fragments(w: FP4Array) -> FP4Array:
+    assert w.order is not None
+    packed = w.packed.reshape(_by_head(w.packed.shape))
+    codes, scales = fragments.from_fragments(packed, w.scales.reshape(_by_head(w.scales.shape)), w.order)
+    codes = _codes_from_bytes(formats.pack_nibbles(codes).reshape(w.packed.shape))
+    return dataclasses.replace(w, codes=codes, scales=scales.reshape(w.scales.shape), order=None)
 
 
 def _codes_from_bytes(packed: UInt8[Array, "*rows half"]) -> Array:

@@ -45,5 +45,5 @@ class Ptx:
 
 
 def vector(registers: Sequence[str]) -> str:
-    """"{a,b,c}"."""
+    """ "{a,b,c}"."""
     return "{" + ",".join(registers) + "}"

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, TRITON, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
 from mla_fp4_jax.ops.xla import fp4_bmm_xla
+from pallas_kernels import fp4_bmm_mosaic_gpu as mosaic
 from pallas_kernels import fp4_bmm_triton as triton
 
 X_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -29,7 +30,7 @@ class _Call:
     x_columns: tuple[int, int]
     out_dtype: jnp.dtype
     implementation: str | None
-    config: triton.Config | None
+    config: triton.Config | mosaic.Config | None
 
 
 def fp4_bmm(
@@ -41,7 +42,7 @@ def fp4_bmm(
     x_columns: tuple[int, int] | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
-    config: triton.Config | None = None,
+    config: triton.Config | mosaic.Config | None = None,
 ) -> Float[Array, "B H out"]:
     """Multiply per head by packed weights W [H, N, C], which are decoded inside the kernel.
 
@@ -57,9 +58,10 @@ def fp4_bmm(
         rows: (first, number) of W's rows to use, r0 and N above; None for all.
         x_columns: (first, number) of x's last axis to use, such as q_nope within q; None for all.
         preferred_element_type: of the result; None for x's.
-        implementation: "triton" (Pallas, on a GPU), "xla" (anywhere), "triton_interpret" (the Triton kernel in
-            Pallas's interpreter, for tests), or None for the fastest that can run here.
-        config: tiles of the Triton kernel; None for its default.
+        implementation: "mosaic_gpu" (Pallas, on a Hopper GPU, w in fragment order), "triton" (Pallas, on a GPU, w in
+            checkpoint order), "xla" (anywhere), "triton_interpret" (the Triton kernel in Pallas's interpreter, for
+            tests), or None for the fastest that can run here.
+        config: tiles of the kernel named by implementation; None for its default.
 
     Returns:
         [B, H, N] or [B, H, C].
@@ -72,7 +74,7 @@ def fp4_bmm(
     Numerics:
         W is exact (in NVFP4 up to its global scale, which multiplies the accumulator). Products are accumulated in
         float32 and rounded once. The result for a row does not depend on the rest of the batch, bit for bit, with
-        implementation="triton"; XLA's library calls promise no such thing.
+        implementation "mosaic_gpu" or "triton"; XLA's library calls promise no such thing.
 
     Differentiable in x, in reverse mode; w is frozen.
     """
@@ -123,45 +125,63 @@ _bmm.defvjp(_forward, _backward)
 def _choose(x: Array, w: FP4Array, call: _Call) -> tuple[str, str]:
     """The implementation for these operands, and why it is not one that is preferred to it."""
     if call.implementation is not None:
-        reason = implementations.why_not(call.implementation)
-        if reason is None and call.implementation in (TRITON, INTERPRET):
-            reason = _triton_unsupported(x, w, call)
+        reason = _why_not(call.implementation, x, w, call)
         if reason is not None:
             raise NotImplementedError(
                 f"fp4_bmm: implementation {call.implementation!r} cannot run: {reason} Use None for one that can."
             )
         return call.implementation, "asked for"
-    reason = implementations.why_not(TRITON) or _triton_unsupported(x, w, call)
-    return (TRITON, "") if reason is None else (XLA, reason)
+    reasons = []
+    for name in implementations.PREFERENCE:
+        reason = _why_not(name, x, w, call)
+        if reason is None:
+            return name, "; ".join(reasons)
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("xla runs everywhere")
+
+
+def _why_not(name: str, x: Array, w: FP4Array, call: _Call) -> str | None:
+    """Why an implementation cannot run here on these operands, or None."""
+    reason = implementations.why_not(name)
+    if reason is not None or name == XLA:
+        return reason
+    codes = jax.ShapeDtypeStruct((*w.shape[:-1], w.shape[-1] // 2), jnp.uint8)
+    if name == MOSAIC:
+        if w.order is None:
+            return "w is not in fragment order; see FP4Array.in_fragment_order."
+        if call.out_dtype != jnp.bfloat16:
+            return f"it returns bfloat16; {call.out_dtype} is asked for."
+        operands = {"contract": call.contract, "rows": call.rows, "x_columns": call.x_columns}
+        return mosaic.unsupported(x, codes, w.order, **operands)
+    if w.order is not None:
+        return "w is in fragment order; see FP4Array.in_checkpoint_order."
+    operands = {"contract": call.contract, "rows": call.rows, "scale_format": w.scale_format}
+    return triton.unsupported(x, codes, w.scales, **operands)
 
 
 def _run(x: Array, w: FP4Array, *, name: str, call: _Call) -> Array:
+    operands = {"contract": call.contract, "rows": call.rows, "x_columns": call.x_columns, "config": call.config}
     if name == XLA:
+        w = w.in_checkpoint_order()
         (row, num_rows), (column, num_columns) = call.rows, call.x_columns
         part = dataclasses.replace(
             w, codes=w.codes[:, row : row + num_rows], scales=w.scales[:, row : row + num_rows]
         )
         used = x[..., column : column + num_columns]
         return fp4_bmm_xla(used, part, call.contract, out_dtype=call.out_dtype)
+    if name == MOSAIC:
+        return mosaic.fp4_bmm_mosaic_gpu(x, w.packed, w.scales, w.order, **operands)
     return triton.fp4_bmm_triton(
         x,
         w.packed,
         w.scales,
-        contract=call.contract,
-        rows=call.rows,
-        x_columns=call.x_columns,
         scale_format=w.scale_format,
         out_dtype=call.out_dtype,
         global_scale=w.global_scale,
-        config=call.config,
         gpu=implementations.target_gpu(),
         interpret=name == INTERPRET,
+        **operands,
     )
-
-
-def _triton_unsupported(x: Array, w: FP4Array, call: _Call) -> str | None:
-    codes = jax.ShapeDtypeStruct((*w.shape[:-1], w.shape[-1] // 2), jnp.uint8)
-    return triton.unsupported(x, codes, w.scales, contract=call.contract, rows=call.rows, scale_format=w.scale_format)
 
 
 def _check(x, w, contract, rows, x_columns, preferred_element_type, implementation, config) -> _Call:
