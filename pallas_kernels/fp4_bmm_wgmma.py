@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.fp4_fragment_ptx import bias_scales, decode_word, multiply, scale_pair
+from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
 from pallas_kernels.fragments import BLOCK, GROUP
 from pallas_kernels.ptx import Ptx, vector
 
@@ -138,8 +138,23 @@ class _Kernel:
         prologue = 1 if self.c.delay else self.c.slots
         for tile in range(prologue):
             self._load_x(tile)
+        self._hold_loads()
         self._multiply()
         return self.ptx.text()
+
+    def _hold_loads(self) -> None:
+        """Have every load above under way before anything below.
+
+        To save registers ptxas would decode the first words before it asks for the last ones, and move loads past a
+        plain barrier to do so. The constants that decoding needs are therefore made to depend on the barrier itself:
+        it counts the threads for which a predicate holds, none, and nobody but us knows that.
+        """
+        none = self.ptx.reg("none")
+        self.ptx(
+            f"setp.eq.u32 {self.pred}, {self.tid}, -1;",
+            f"bar.red.popc.u32 {none}, {_ALL}, {self._threads()}, {self.pred};",
+        )
+        self.constants = Constants(self.ptx, none)
 
     def _indices(self) -> None:
         """This thread's place in the grid: head, first output tile, first token; in the warpgroup: w, g, t."""
@@ -159,17 +174,17 @@ class _Kernel:
             f"shr.u32 {self.g}, {self.lane}, 2;",
             f"and.b32 {self.t}, {self.lane}, 3;",
             f"mov.u32 {self.tmp}, %ctaid.x;",
-            f"rem.u32 {self.tile}, {self.tmp}, {parts};",
-            f"div.u32 {self.tmp}, {self.tmp}, {parts};",
-            f"rem.u32 {self.head}, {self.tmp}, {p.heads};",
-            f"div.u32 {self.token}, {self.tmp}, {p.heads};",
+        )
+        ptx.divide(self.tmp2, self.tile, self.tmp, parts, grid(p, c))
+        ptx.divide(self.token, self.head, self.tmp2, p.heads, grid(p, c))
+        ptx(
             f"mul.lo.u32 {self.token}, {self.token}, {c.tokens * c.token_tiles};",
             f"mad.lo.u32 {self.tile}, {self.tile}, {c.warpgroups}, {self.wg};",
             f"mul.lo.u32 {self.tile}, {self.tile}, {c.tiles};",
         )
 
     def _load_weights(self) -> None:
-        """Ask for every byte of weights and scales that this thread will use."""
+        """Ask for every byte of weights and scales that this thread will use; see _hold_loads."""
         ptx, p, c = self.ptx, self.p, self.c
         codes, scales = ptx.reg("codes", "b64"), ptx.reg("scales", "b64")
         ptx(
@@ -186,7 +201,7 @@ class _Kernel:
             for block in range(self.blocks):
                 four = ptx.regs("word", 4)
                 offset = p.first_code_byte + (tile * self.blocks + block) * _BLOCK_BYTES
-                ptx(f"ld.global.nc.L1::no_allocate.v4.b32 {vector(four)}, [{codes}+{offset}];")
+                ptx(f"ld.global.L1::no_allocate.v4.b32 {vector(four)}, [{codes}+{offset}];")
                 words += four
             self.words.append(words)
         # A thread's scales of a tile: transposed [m32][t][K/4 bytes], else [m16][g][K/16 bytes].
@@ -216,7 +231,7 @@ class _Kernel:
                 some = ptx.regs("scale", width)
                 offset = p.first_scale_byte + tile * (BLOCK * p.contraction // GROUP) + first
                 suffix = f".v{width}" if width > 1 else ""
-                ptx(f"ld.global.nc{suffix}.b32 {vector(some) if width > 1 else some[0]}, [{scales}+{offset}];")
+                ptx(f"ld.global{suffix}.b32 {vector(some) if width > 1 else some[0]}, [{scales}+{offset}];")
                 words += some
             self.scales.append(words)
 
@@ -376,8 +391,8 @@ class _Kernel:
     def _decode(self, tile: int, step: int, into: list[str]) -> None:
         ptx, scales = self.ptx, self.scales[tile]
         if step == 0:
-            bias_scales(ptx, scales)
-        decode_word(ptx, self.words[tile][step], into)
+            bias_scales(ptx, self.constants, scales)
+        decode_word(ptx, self.constants, self.words[tile][step], into)
         low, high = self.factors
         if self.p.transposed:  # a factor for each of the thread's four k, the same for both rows
             scale_pair(ptx, scales[step], 0, 1, low)

@@ -16,27 +16,41 @@ _OR_AND = "0xEA"  # lop3's table of (a & b) | c
 _SCALE_BIAS = "0x7E7E7E7E"
 
 
-def decode_word(ptx: Ptx, word: str, into: Sequence[str]) -> None:
+class Constants:
+    """The constants of decoding in registers, each increased by `zero`, a register that holds 0."""
+
+    def __init__(self, ptx: Ptx, zero: str):
+        self.fields, self.others, self.mantissa, self.bias = ptx.regs("constant", 4)
+        for register, value in (
+            (self.fields, _FIELDS),
+            (self.others, _FIELDS_BUT_MANTISSA),
+            (self.mantissa, _MANTISSA),
+            (self.bias, _SCALE_BIAS),
+        ):
+            ptx(f"add.u32 {register}, {zero}, {value};")
+
+
+def decode_word(ptx: Ptx, constants: Constants, word: str, into: Sequence[str]) -> None:
     """Eight codes to the four registers of an A fragment: bfloat16 pairs e2m1 * 2^-126."""
     a, b, c, d = into
     t = ptx.regs("decode", 3)
     ptx(
-        f"and.b32 {a}, {word}, {_FIELDS};",
+        f"and.b32 {a}, {word}, {constants.fields};",
         f"shf.r.wrap.b32 {t[0]}, {word}, {word}, 4;",
-        f"and.b32 {b}, {t[0]}, {_FIELDS};",
+        f"and.b32 {b}, {t[0]}, {constants.fields};",
         f"shl.b32 {t[1]}, {word}, 6;",
-        f"and.b32 {c}, {t[1]}, {_FIELDS};",
+        f"and.b32 {c}, {t[1]}, {constants.fields};",
         f"shf.r.wrap.b32 {t[2]}, {word}, {word}, 6;",
-        f"and.b32 {d}, {t[2]}, {_FIELDS_BUT_MANTISSA};",
+        f"and.b32 {d}, {t[2]}, {constants.others};",
         f"shl.b32 {t[2]}, {word}, 2;",
-        f"lop3.b32 {d}, {t[2]}, {_MANTISSA}, {d}, {_OR_AND};",
+        f"lop3.b32 {d}, {t[2]}, {constants.mantissa}, {d}, {_OR_AND};",
     )
 
 
-def bias_scales(ptx: Ptx, scales: Sequence[str]) -> None:
+def bias_scales(ptx: Ptx, constants: Constants, scales: Sequence[str]) -> None:
     """Turn scale bytes, four to a register, into exponent fields, in place."""
     for word in scales:
-        ptx(f"add.u32 {word}, {word}, {_SCALE_BIAS};")
+        ptx(f"add.u32 {word}, {word}, {constants.bias};")
 
 
 def scale_pair(ptx: Ptx, word: str, low: int, high: int, into: str) -> None:

@@ -30,6 +30,19 @@ class Ptx:
         self._registers.append(f".reg .{kind} {unique}<{count}>;")
         return [f"{unique}{i}" for i in range(count)]
 
+    def divide(self, quotient: str, remainder: str, number: str, divisor: int, limit: int) -> None:
+        """number / divisor for a number below `limit`; ptxas itself would go through floating point.
+
+        remainder may be number itself, quotient may not.
+        """
+        if divisor & (divisor - 1) == 0:
+            self(f"shr.u32 {quotient}, {number}, {divisor.bit_length() - 1};")
+        else:  # n ceil(2^32 / d) is off by less than n d: right as long as that is below 2^32
+            if limit * divisor >= 2**32:
+                raise ValueError(f"Ptx.divide: limit * divisor must be below 2^32; got {limit} * {divisor}.")
+            self(f"mul.hi.u32 {quotient}, {number}, {-(-(2**32) // divisor)};")
+        self(f"mad.lo.u32 {remainder}, {quotient}, -{divisor}, {number};")
+
     def label(self, name: str) -> str:
         """A label, used both as a target and, followed by ":", as a place."""
         return f"{self._unique(name)}_${{:uid}}"
