@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -15,6 +16,7 @@ from mla_fp4_jax.cache import Cache
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.functional import mla_decode, mla_prefill
+from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.weights import MLAWeights, Weight, check_weights, random_weights
 
 
@@ -47,7 +49,8 @@ class MLAAttention(nnx.Module):
 
         Args:
             config: the layer's sizes.
-            weights: held as they are, without a copy; the formats below then must be left alone.
+            weights: held as they are, without a copy (kernel_order.order_for_device makes them ready for this
+                device's kernels); the formats below then must be left alone.
             kv_b_format: of random weights: "mxfp4", "nvfp4" or "dense".
             linear_formats: likewise for other projections by name, such as {"o_proj": "mxfp4"}; dense unless
                 named.
@@ -67,6 +70,8 @@ class MLAAttention(nnx.Module):
         if weights is None:
             formats = {"kv_b_proj": kv_b_format, **(linear_formats or {})}
             weights = random_weights(config, formats, dtype, rngs)
+            if not isinstance(weights.kv_a_layernorm, jax.core.Tracer):
+                weights = order_for_device(weights, config, implementation)
         check_weights(config, weights)
         self.config = config
         self.dtype = jnp.dtype(dtype)

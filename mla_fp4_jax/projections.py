@@ -20,7 +20,8 @@ def linear(
 ) -> Float[Array, "*batch N"]:
     """x @ weight.T + bias for a weight [N, C], accumulated in float32, rounded to x's dtype."""
     if isinstance(weight, FP4Array):
-        y = fp4_linear(x, weight, preferred_element_type=jnp.float32, implementation=implementation)
+        kind = x.dtype if bias is None else jnp.float32
+        y = fp4_linear(x, weight, preferred_element_type=kind, implementation=implementation)
     else:
         y = einsum_f32("...c,nc->...n", x, weight.astype(x.dtype))
     if bias is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -17,6 +18,7 @@ from pallas_kernels.fragments import BLOCK, FragmentOrder
 
 _VECTOR = 8  # bfloat16 in the 16 bytes that cp.async and the stores move
 _INT32_BYTES = 2**31
+_SMS = 128  # of a Hopper GPU, about: one CTA each for DeepSeek-V3's 128 heads
 
 
 def fp4_bmm_mosaic_gpu(
@@ -110,30 +112,41 @@ def _problem(x, codes, scales, order: FragmentOrder, contract: str, first_x: int
 
 
 def default_config(problem: Problem) -> Config:
-    """Tiles for a problem on an H100. None changes a bit of the result, so the choice may follow the batch."""
+    """Tiles for a problem, from measurements on an H100 (bench/matmul.py).
+
+    No choice changes a bit of the result, so it may follow the batch. Few tokens: small CTAs, several to an SM, so that
+    one's arithmetic runs under another's loads. Many: weights decoded once for up to eight tiles of 64 tokens.
+    """
     batch, tiles = problem.batch, problem.outputs // BLOCK
     blocks = problem.contraction // BLOCK
-    if batch <= 32:
-        per_warpgroup = max(1, _largest_divisor(tiles, 8 // blocks))
-        while per_warpgroup > 1 and problem.heads * tiles // per_warpgroup < 200:
-            per_warpgroup = _largest_divisor(tiles, per_warpgroup // 2)
-        return Config(_round_up(batch, 8), 1, per_warpgroup, accumulators=per_warpgroup)
-    if problem.transposed:
-        warpgroups = _largest_divisor(tiles, 4)
-        per_warpgroup = _largest_divisor(tiles // warpgroups, 2)
+    if not problem.transposed:
         if batch <= 64:
-            return Config(_round_up(batch, 16), warpgroups, per_warpgroup)
-        if batch <= 128:
-            token_tiles = -(-batch // 32)
-            return Config(32, warpgroups, per_warpgroup, token_tiles, token_tiles)
-        token_tiles = min(4, -(-batch // 64))
-        return Config(64, warpgroups, per_warpgroup, token_tiles, token_tiles)
-    warpgroups = _largest_divisor(tiles, 2)
+            return Config(_round_up(batch, 8), 1, 1)
+        return _spread(problem, Config(64, _largest_divisor(tiles, 2), 1, -(-batch // 64), 2, delay=min(4, blocks)))
+    if batch <= 16 or problem.heads * tiles < 512:
+        per_warpgroup = 1
+    else:
+        per_warpgroup = _largest_divisor(tiles, 2)
+    if batch <= 32:
+        return Config(_round_up(batch, 8), 1, per_warpgroup, accumulators=per_warpgroup)
     if batch <= 64:
-        return Config(_round_up(batch, 16), warpgroups, 1)
-    if batch <= 128:
-        return Config(_round_up(-(-batch // 2), 16), warpgroups, 1, 2, 2, delay=min(4, blocks))
-    return Config(64, warpgroups, 1, -(-batch // 64), min(3, -(-batch // 64)), delay=1)
+        return Config(32, 1, per_warpgroup, 2, 2, accumulators=2)
+    warpgroups = _largest_divisor(tiles // per_warpgroup, 2)
+    return _spread(problem, Config(64, warpgroups, per_warpgroup, -(-batch // 64), 8))
+
+
+def _spread(problem: Problem, config: Config) -> Config:
+    """Cut the token tiles of a CTA until x fits its shared memory and every SM has a CTA; slots to what is left."""
+    most = 1024 // problem.contraction if problem.transposed else 8
+    token_tiles = min(config.token_tiles, most)
+    while token_tiles > 1:
+        ctas = wgmma.grid(problem, dataclasses.replace(config, token_tiles=token_tiles))
+        if ctas >= _SMS:
+            break
+        token_tiles = -(-token_tiles // 2)
+    delay = min(config.delay, 1) if token_tiles > 2 else config.delay
+    slots = min(config.slots, token_tiles)
+    return dataclasses.replace(config, token_tiles=token_tiles, slots=slots, delay=delay if token_tiles > 1 else 0)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

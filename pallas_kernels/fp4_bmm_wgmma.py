@@ -40,8 +40,6 @@ class Config:
         slots: token tiles of x in shared memory at once.
         accumulators: sets of accumulator registers; with more than one, stores overlap the next tile's products.
         delay: x of tiles after the first is asked for once so many 64-k blocks of weights have arrived.
-        instruction: "wgmma", or "mma" (mma.sync m16n8k16) for one token tile: it reads x through ldmatrix and so needs
-            no fence between cp.async's writes and the tensor core's reads, a fence that also waits for the weights.
     """
 
     tokens: int
@@ -51,7 +49,6 @@ class Config:
     slots: int = 1
     accumulators: int = 1
     delay: int = 0
-    instruction: str = "wgmma"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +101,6 @@ def check_config(problem: Problem, config: Config) -> None:
         "a ring of slots must hold one more tile than accumulators": c.slots == c.token_tiles
         or c.slots > c.accumulators,
         "several tiles must come with all token tiles in slots": c.tiles == 1 or c.slots == c.token_tiles,
-        "instruction must be 'wgmma', or 'mma' with one token tile and an accumulator set for each tile": (
-            c.instruction == "wgmma" or (c.instruction == "mma" and c.token_tiles == 1 and c.accumulators == c.tiles)
-        ),
         "shared memory must hold at most 227 KiB": shared_memory_bytes(problem, c) <= 227 * 1024,
     }
     for rule, holds in rules.items():
@@ -145,17 +139,13 @@ class _Kernel:
         for tile in range(prologue):
             self._load_x(tile)
         self._hold_loads()
-        if self.c.instruction == "mma":
-            self._multiply_mma()
-        else:
-            self._multiply()
+        self._multiply()
         return self.ptx.text()
 
     def _hold_loads(self) -> None:
         """Have every load above under way before anything below.
 
-        To save registers ptxas would decode the first words before it asks for the last ones, and move loads past a
-        plain barrier to do so. The constants that decoding needs are therefore made to depend on the barrier itself:
+        To save registers ptxas would decode the first words before it asks for the last ones. The constants that decoding needs are therefore made to depend on the barrier itself:
         it counts the threads for which a predicate holds, none, and nobody but us knows that.
         """
         none = self.ptx.reg("none")
@@ -205,13 +195,11 @@ class _Kernel:
             f"add.u64 {codes}, {codes}, {self.wide};",
         )
         self.words = [ptx.regs("word", self.k_steps) for _ in range(c.tiles)]  # [tile][k step]
-        places = [(tile, block) for tile in range(c.tiles) for block in range(self.blocks)]
-        if c.instruction == "mma":  # in the order of use
-            places.sort(key=lambda place: (place[1], place[0]))
-        for tile, block in places:
-            offset = p.first_code_byte + (tile * self.blocks + block) * _BLOCK_BYTES
-            four = vector(self.words[tile][4 * block : 4 * block + 4])
-            ptx(f"ld.global.L1::no_allocate.v4.b32 {four}, [{codes}+{offset}];")
+        for tile in range(c.tiles):
+            for block in range(self.blocks):
+                offset = p.first_code_byte + (tile * self.blocks + block) * _BLOCK_BYTES
+                four = vector(self.words[tile][4 * block : 4 * block + 4])
+                ptx(f"ld.global.nc.L1::no_allocate.v4.b32 {four}, [{codes}+{offset}];")
         # A thread's scales of a tile: transposed [m32][t][K/4 bytes], else [m16][g][K/16 bytes].
         share = p.contraction // (4 if p.transposed else 16)
         if p.transposed:
@@ -239,7 +227,7 @@ class _Kernel:
                 some = ptx.regs("scale", width)
                 offset = p.first_scale_byte + tile * (BLOCK * p.contraction // GROUP) + first
                 suffix = f".v{width}" if width > 1 else ""
-                ptx(f"ld.global{suffix}.b32 {vector(some) if width > 1 else some[0]}, [{scales}+{offset}];")
+                ptx(f"ld.global.nc{suffix}.b32 {vector(some) if width > 1 else some[0]}, [{scales}+{offset}];")
                 words += some
             self.scales.append(words)
 
@@ -294,10 +282,11 @@ class _Kernel:
     def _await_x(self, tile: int) -> None:
         """All threads' copies of a token tile are there; also, all have done with what they completed before."""
         later = len(self.committed) - 1 - self.committed.index(tile)
-        self.ptx(f"cp.async.wait_group {later};")
-        if self.c.instruction == "wgmma":
-            self.ptx("fence.proxy.async.shared::cta;")
-        self.ptx(f"bar.sync {_ALL}, {self._threads()};")
+        self.ptx(
+            f"cp.async.wait_group {later};",
+            "fence.proxy.async.shared::cta;",
+            f"bar.sync {_ALL}, {self._threads()};",
+        )
 
     def _warpgroup_barrier(self) -> None:
         if self.c.warpgroups == 1:  # ptxas sets a CTA's barriers aside by the largest number it sees
@@ -348,44 +337,6 @@ class _Kernel:
             f"xor.b32 {self.tmp}, {self.tmp}, {self.tmp2};",
             f"mad.lo.u32 {self.stage}, {self.tmp}, 16, {self.stage};",
         )
-
-    def _multiply_mma(self) -> None:
-        """One token tile by all output tiles with mma.sync; a warp holds the same fragments as under wgmma."""
-        ptx, c = self.ptx, self.c
-        self.factors, self.packed = ptx.regs("factor", 2), ptx.regs("packed", 4)
-        # ldmatrix.x4: lane 8i + j gives the address of row (token) j of matrix i, 8 of 32 k; chunk i ^ j, or 4 + i ^ j.
-        near, far = ptx.regs("x_row_at", 2)
-        ptx(
-            f"and.b32 {self.tmp}, {self.lane}, 7;",
-            f"shr.u32 {self.tmp2}, {self.lane}, 3;",
-            f"xor.b32 {self.tmp2}, {self.tmp2}, {self.tmp};",
-            f"mad.lo.u32 {near}, {self.tmp}, {_SLAB_BYTES}, {self.shared};",
-            f"mad.lo.u32 {near}, {self.tmp2}, 16, {near};",
-            f"xor.b32 {far}, {near}, 64;",
-        )
-        self._await_x(0)
-        accumulators = [ptx.regs("acc", c.tokens // 2, "f32") for _ in range(c.tiles)]
-        for acc in accumulators:
-            ptx(*(f"mov.f32 {register}, 0f00000000;" for register in acc))
-        fragment = ptx.regs("a", 4)
-        for block in range(self.blocks):
-            x = [ptx.regs("x", 8) for _ in range(c.tokens // 8)]  # of eight tokens: two registers for each k step
-            for eight, registers in enumerate(x):
-                offset = block * _box_bytes(c) + eight * 8 * _SLAB_BYTES
-                for half, address in enumerate((near, far)):
-                    four = vector(registers[4 * half : 4 * half + 4])
-                    ptx(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {four}, [{address}+{offset}];")
-            for tile in range(c.tiles):
-                for step in range(4):
-                    self._decode(tile, 4 * block + step, fragment)
-                    for eight, registers in enumerate(x):
-                        acc = vector(accumulators[tile][4 * eight : 4 * eight + 4])
-                        ptx(
-                            f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {acc}, {vector(fragment)}, "
-                            f"{vector(registers[2 * step : 2 * step + 2])}, {acc};"
-                        )
-        for tile in range(c.tiles):
-            self._store(tile, (tile, 0), accumulators[tile])
 
     def _multiply(self) -> None:
         ptx, c = self.ptx, self.c
@@ -458,14 +409,10 @@ class _Kernel:
             multiply(ptx, register, self.factors[p >> 1 if self.p.transposed else p & 1])
 
     def _finish(self, number: int, step: tuple[int, int], acc: list[str], later: int) -> None:
-        """Wait for a step's products, store them; `later` wgmma groups may still run."""
-        self.ptx(f"wgmma.wait_group.sync.aligned {later};")
-        self._store(number, step, acc)
-
-    def _store(self, number: int, step: tuple[int, int], acc: list[str]) -> None:
-        """Round the results of a step, the number-th, to bfloat16 and store them."""
+        """Round a step's results, the number-th, to bfloat16 and store them; `later` wgmma groups may still run."""
         ptx, p, c = self.ptx, self.p, self.c
         tile, token_tile = step
+        ptx(f"wgmma.wait_group.sync.aligned {later};")
         buffer = number % 2 * _box_bytes(c)
         for first in range(0, c.tokens // 8, 2):
             count = min(2, c.tokens // 8 - first)

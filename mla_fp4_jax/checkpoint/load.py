@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mla_fp4_jax.checkpoint.plan import LayerPlan, plan_mla_layer
+from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.mla import MLAAttention
 
 logger = logging.getLogger(__name__)
@@ -54,4 +55,5 @@ def load_planned(plan: LayerPlan, dtype: DTypeLike, implementation: str | None) 
         raise TypeError(f"load_mla_layer: dtype must be bfloat16, float16 or float32; got {jnp.dtype(dtype)}.")
     if plan.unused:
         logger.info("left out, activations and caches are not quantised here: %s", ", ".join(plan.unused))
-    return MLAAttention(plan.config, weights=plan.read(dtype), dtype=dtype, implementation=implementation)
+    weights = order_for_device(plan.read(dtype), plan.config, implementation)
+    return MLAAttention(plan.config, weights=weights, dtype=dtype, implementation=implementation)
