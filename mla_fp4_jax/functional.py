@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -217,7 +218,7 @@ def _active(
             f"{where}: lengths must be integers [B] = {(batch,)}; got {lengths.dtype}{lengths.shape}. "
             "Give the number of real tokens of each row."
         )
-    if not isinstance(lengths, jax.core.Tracer) and bool(jnp.any((lengths < 0) | (lengths > tokens))):
+    if not isinstance(lengths, Tracer) and bool(jnp.any((lengths < 0) | (lengths > tokens))):
         raise ValueError(f"{where}: lengths must lie in 0 .. T = {tokens}; got {lengths.tolist()}.")
     return jnp.arange(tokens)[None] < lengths[:, None]
 
@@ -245,7 +246,7 @@ def _check_shapes(
 
 
 def _check_capacity(cache: Cache, active: Bool[Array, "B T"]) -> None:
-    if isinstance(cache.length, jax.core.Tracer) or isinstance(active, jax.core.Tracer):
+    if isinstance(cache.length, Tracer) or isinstance(active, Tracer):
         return
     after = cache.length + jnp.sum(active, axis=1, dtype=jnp.int32)
     if bool(jnp.any(after > cache.capacity)):

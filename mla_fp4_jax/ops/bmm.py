@@ -80,8 +80,7 @@ def fp4_bmm(
     return _bmm(x, w, call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _bmm(x: Array, w: FP4Array, call: _Call) -> Array:
+def _primal(x: Array, w: FP4Array, call: _Call) -> Array:
     name, why = _choose(x, w, call)
     implementations.log_choice("fp4_bmm", name, why)
     if call.implementation is None and name != XLA:
@@ -117,6 +116,7 @@ def _backward(call: _Call, saved, g: Array):
     return jnp.pad(dx, ((0, 0), (0, 0), (first, x.shape[-1] - first - number))), None
 
 
+_bmm = jax.custom_vjp(_primal, nondiff_argnums=(2,))
 _bmm.defvjp(_forward, _backward)
 
 
