@@ -117,7 +117,7 @@ def mla_decode(
 class _Step:
     """What prefill and decode share between the projections in and the projection out."""
 
-    q: Float[Array, "B T H P+R"]  # its last R columns are not rotated: q_rope holds those
+    q: Float[Array, "B T H PR"]  # its last R columns are not rotated: q_rope holds those
     q_rope: Float[Array, "B T H R"]
     cache: Cache
     visible: Int[Array, "B T"]
@@ -160,7 +160,7 @@ def _begin(
 
 def _queries(
     weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None
-) -> Float[Array, "B T H P+R"]:
+) -> Float[Array, "B T H PR"]:
     if config.q_lora_rank is None:
         q = linear(x, _given(weights.q_proj, "q_proj"), implementation=implementation)
     else:
