@@ -1,4 +1,4 @@
-"""What jaxtyping's import hook checks annotations with: `pytest --jaxtyping-packages=mla_fp4_jax,typechecker.check`."""
+"""The checker of jaxtyping's import hook: `pytest --jaxtyping-packages=mla_fp4_jax,typechecker.check`."""
 
 from collections.abc import Callable
 
@@ -9,5 +9,5 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function: Callable) -> Callable:
-    """Check calls of a function, but for constructors: a pytree is made of any leaves (tracers, shapes, shardings)."""
+    """Check calls of a function. Not of constructors: a pytree is made of any leaves, such as shapes or shardings."""
     return function if function.__name__ == "__init__" else _check(function)
