@@ -20,11 +20,11 @@ KEY_BLOCK = 512
 # Scores in flight at once, B * T * H * K elements of 4 bytes: 64 MiB.
 SCORE_ELEMENTS = 1 << 24
 
-KeysValues = Callable[[Float[Array, "B K L+R"]], tuple[Float[Array, "..."], Float[Array, "..."]]]
+KeysValues = Callable[[Float[Array, "B K LR"]], tuple[Float[Array, "..."], Float[Array, "..."]]]
 
 
 def absorbed_attention(
-    q: Float[Array, "B T H L+R"],
+    q: Float[Array, "B T H LR"],
     cache: Cache,
     visible: Int[Array, "B T"],
     scale: float,
@@ -51,11 +51,11 @@ def absorbed_attention(
 
 
 def expanded_attention(
-    q: Float[Array, "B T H P+R"],
+    q: Float[Array, "B T H PR"],
     cache: Cache,
     visible: Int[Array, "B T"],
     scale: float,
-    kv_b_proj: Callable[[Float[Array, "B K L"]], Float[Array, "B K H P+V"]],
+    kv_b_proj: Callable[[Float[Array, "B K L"]], Float[Array, "B K H PV"]],
     qk_nope_head_dim: int,
     v_head_dim: int,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:

@@ -33,7 +33,7 @@ class LatentCache:
         kv_lora_rank: L, where an entry's latent ends (static).
     """
 
-    entries: Float[Array, "B S L+R"]
+    entries: Float[Array, "B S LR"]
     length: Int[Array, "B"]
     kv_lora_rank: int = dataclasses.field(metadata={"static": True})
 
@@ -57,14 +57,14 @@ class LatentCache:
         """The rotated rope keys, garbage past `length` included."""
         return self.entries[..., self.kv_lora_rank :]
 
-    def append(self, entries: Float[Array, "B T L+R"], active: Bool[Array, "B T"]) -> LatentCache:
+    def append(self, entries: Float[Array, "B T LR"], active: Bool[Array, "B T"]) -> LatentCache:
         """Write each sequence's active tokens after those it holds; tokens past the capacity are dropped."""
         slots = token_slots(self.length, active, self.capacity)
         rows = jnp.arange(entries.shape[0])[:, None]
         written = self.entries.at[rows, slots].set(entries.astype(self.dtype), mode="drop")
         return dataclasses.replace(self, entries=written, length=new_length(self, active))
 
-    def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K L+R"], Int[Array, "B K"]]:
+    def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K LR"], Int[Array, "B K"]]:
         """The index-th block of `size` slots: its entries, and each one's slot (-1 where there is none).
 
         `size` must not pass the capacity. The last block may overlap the one before; what was already seen
@@ -90,7 +90,7 @@ class PagedLatentCache:
         kv_lora_rank: L, where an entry's latent ends (static).
     """
 
-    pages: Float[Array, "N page L+R"]
+    pages: Float[Array, "N page LR"]
     page_table: Int[Array, "B M"]
     length: Int[Array, "B"]
     kv_lora_rank: int = dataclasses.field(metadata={"static": True})
@@ -110,7 +110,7 @@ class PagedLatentCache:
         """Of the pages."""
         return self.pages.dtype
 
-    def append(self, entries: Float[Array, "B T L+R"], active: Bool[Array, "B T"]) -> PagedLatentCache:
+    def append(self, entries: Float[Array, "B T LR"], active: Bool[Array, "B T"]) -> PagedLatentCache:
         """Write each sequence's active tokens after those it holds.
 
         Tokens past the capacity, and tokens whose page does not exist, are dropped. Two sequences that share
@@ -124,7 +124,7 @@ class PagedLatentCache:
         written = self.pages.at[page, slots % self.page_size].set(entries.astype(self.dtype), mode="drop")
         return dataclasses.replace(self, pages=written, length=new_length(self, active))
 
-    def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K L+R"], Int[Array, "B K"]]:
+    def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K LR"], Int[Array, "B K"]]:
         """The index-th block of `size` slots, as LatentCache.block; `size` must be whole pages."""
         pages_per_block = size // self.page_size
         first = jnp.minimum(index * pages_per_block, self.page_table.shape[1] - pages_per_block)
@@ -201,7 +201,7 @@ def new_length(cache: Cache, active: Bool[Array, "B T"]) -> Int[Array, "B"]:
 
 
 def _masked(
-    entries: Float[Array, "B K L+R"], slots: Int[Array, "B K"], seen: Bool[Array, "B K"]
-) -> tuple[Float[Array, "B K L+R"], Int[Array, "B K"]]:
+    entries: Float[Array, "B K LR"], slots: Int[Array, "B K"], seen: Bool[Array, "B K"]
+) -> tuple[Float[Array, "B K LR"], Int[Array, "B K"]]:
     # Zeros, not only a masked score: a probability of 0 times a NaN value is NaN.
     return jnp.where(seen[..., None], entries, jnp.zeros((), entries.dtype)), jnp.where(seen, slots, -1)

@@ -102,7 +102,7 @@ class MLAConfig:
     """Sizes of one Multi-head Latent Attention layer, under Hugging Face's names.
 
     Letters used everywhere else: E hidden_size, H num_attention_heads, Q q_lora_rank, L kv_lora_rank,
-    P qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim.
+    P qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim. In the shapes of annotations a sum is written LR for L + R.
 
     Attributes:
         q_lora_rank: rank of the query's low-rank pair; None projects queries straight from the hidden state.

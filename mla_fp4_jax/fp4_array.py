@@ -169,8 +169,8 @@ class FP4Array:
         largest = int(jnp.max(self.scales))
         if largest > fragments.MAX_SCALE_BYTE:
             return (
-                f"its kernels take scale bytes up to {fragments.MAX_SCALE_BYTE} (2^{fragments.MAX_SCALE_BYTE - 127}); "
-                f"the largest is {largest}."
+                f"its kernels take scale bytes up to {fragments.MAX_SCALE_BYTE}, a scale of "
+                f"{2.0 ** (fragments.MAX_SCALE_BYTE - 127)}; the largest is {largest}."
             )
         return None
 

@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -121,7 +122,7 @@ def mla_decode(
 class _Step:
     """What prefill and decode share between the projections in and the projection out."""
 
-    q: Float[Array, "B T H P+R"]  # its last R columns are not rotated: q_rope holds those
+    q: Float[Array, "B T H PR"]  # its last R columns are not rotated: q_rope holds those
     q_rope: Float[Array, "B T H R"]
     cache: Cache
     visible: Int[Array, "B T"]
@@ -164,7 +165,7 @@ def _begin(
 
 def _queries(
     weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None
-) -> Float[Array, "B T H P+R"]:
+) -> Float[Array, "B T H PR"]:
     if config.q_lora_rank is None:
         q = linear(x, _given(weights.q_proj, "q_proj"), implementation=implementation)
     else:
@@ -222,7 +223,7 @@ def _active(
             f"{where}: lengths must be integers [B] = {(batch,)}; got {lengths.dtype}{lengths.shape}. "
             "Give the number of real tokens of each row."
         )
-    if not isinstance(lengths, jax.core.Tracer) and bool(jnp.any((lengths < 0) | (lengths > tokens))):
+    if not isinstance(lengths, Tracer) and bool(jnp.any((lengths < 0) | (lengths > tokens))):
         raise ValueError(f"{where}: lengths must lie in 0 .. T = {tokens}; got {lengths.tolist()}.")
     return jnp.arange(tokens)[None] < lengths[:, None]
 
@@ -250,7 +251,7 @@ def _check_shapes(
 
 
 def _check_capacity(cache: Cache, active: Bool[Array, "B T"]) -> None:
-    if isinstance(cache.length, jax.core.Tracer) or isinstance(active, jax.core.Tracer):
+    if isinstance(cache.length, Tracer) or isinstance(active, Tracer):
         return
     after = cache.length + jnp.sum(active, axis=1, dtype=jnp.int32)
     if bool(jnp.any(after > cache.capacity)):

@@ -113,7 +113,7 @@ def _check(where: str, packed, scales, num_heads: int, qk_nope_head_dim: int, v_
     groups = jnp.shape(scales)
     if groups != (rows, 2 * shape[1] // MXFP4_GROUP) or 2 * shape[1] % MXFP4_GROUP:
         raise ValueError(
-            f"{where}: scales must be [H*(P+V), L/{MXFP4_GROUP}] = {(rows, 2 * shape[1] / MXFP4_GROUP)} beside packed "
-            f"{shape}; got {groups}. MXFP4 has one scale to {MXFP4_GROUP} elements."
+            f"{where}: scales must be [H*(P+V), L/{MXFP4_GROUP}] = {(rows, 2 * shape[1] / MXFP4_GROUP)} beside "
+            f"packed {shape}; got {groups}. MXFP4 has one scale to {MXFP4_GROUP} elements."
         )
     return FP4Array.from_packed(packed, scales, format="mxfp4")

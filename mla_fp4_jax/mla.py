@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -62,16 +62,14 @@ class MLAAttention(nnx.Module):
             ValueError: neither or both of weights and rngs; a weight that is missing, unexpected or of another
                 shape; an unknown format or projection.
         """
-        if (weights is None) == (rngs is None):
+        if weights is None and rngs is not None:
+            formats = {"kv_b_proj": kv_b_format, **(linear_formats or {})}
+            weights = order_for_device(random_weights(config, formats, dtype, rngs), config, implementation)
+        elif weights is None or rngs is not None:
             raise ValueError(
                 "MLAAttention: exactly one of weights and rngs must be given; got "
                 f"{'neither' if weights is None else 'both'}. Pass rngs=nnx.Rngs(0) for random weights."
             )
-        if weights is None:
-            formats = {"kv_b_proj": kv_b_format, **(linear_formats or {})}
-            weights = random_weights(config, formats, dtype, rngs)
-            if not isinstance(weights.kv_a_layernorm, jax.core.Tracer):
-                weights = order_for_device(weights, config, implementation)
         check_weights(config, weights)
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -82,9 +80,11 @@ class MLAAttention(nnx.Module):
     @property
     def weights(self) -> MLAWeights:
         """The layer as a plain pytree, for the functional core."""
-        names = [field.name for field in dataclasses.fields(MLAWeights)]
-        held = {name: getattr(self, name) for name in names}
-        return MLAWeights(**{name: None if var is None else var.get_value() for name, var in held.items()})
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(MLAWeights):
+            variable = getattr(self, field.name)
+            values[field.name] = None if variable is None else variable.get_value()
+        return MLAWeights(**values)
 
     def init_cache(
         self,

@@ -30,7 +30,7 @@ def linear(
 
 
 def k_up_proj(
-    q: Float[Array, "B T H P+R"],
+    q: Float[Array, "B T H PR"],
     kv_b_proj: jax.Array | FP4Array,
     qk_nope_head_dim: int,
     *,
@@ -70,7 +70,7 @@ def v_up_proj(
 
 def expand_kv_b(
     latent: Float[Array, "B K L"], kv_b_proj: jax.Array | FP4Array, *, implementation: str | None = None
-) -> Float[Array, "B K H P+V"]:
+) -> Float[Array, "B K H PV"]:
     """Per-head keys and values of latents, the prefill up-projection: the same array as one linear map."""
     with jax.named_scope("mla/kv_b_proj"):
         heads, rows, rank = kv_b_proj.shape

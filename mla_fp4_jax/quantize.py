@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
 from mla_fp4_jax import formats
@@ -43,7 +44,8 @@ def quantize_mxfp4(w: Float[Array, "*rows C"], *, scale_rule: str = "even") -> F
     """
     if scale_rule not in SCALE_RULES:
         raise ValueError(
-            f"quantize_mxfp4: scale_rule must be one of {SCALE_RULES}; got {scale_rule!r}. 'even' has the least error."
+            f"quantize_mxfp4: scale_rule must be one of {SCALE_RULES}; got {scale_rule!r}. "
+            "'even' has the least error."
         )
     groups = _groups("quantize_mxfp4", w, MXFP4_GROUP)
     largest = _largest_bits(groups)
@@ -91,7 +93,7 @@ def _groups(where: str, w: Float[Array, "*rows C"], group: int) -> Float[Array, 
             f"{where}: w must have a last axis of whole groups of {group}; got {w.shape}. "
             f"Pad it to {-(-(w.shape[-1] if w.ndim else 1) // group) * group} columns."
         )
-    if not isinstance(w, jax.core.Tracer):
+    if not isinstance(w, Tracer):
         bad = int(jnp.size(w) - jnp.sum(jnp.isfinite(w)))
         if bad:
             raise ValueError(

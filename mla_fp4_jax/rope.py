@@ -54,7 +54,7 @@ def _yarn_ramp_ends(rope: RopeConfig, dim: int) -> tuple[float, float]:
 
 def cos_sin(
     rope: RopeConfig, dim: int, positions: Int[Array, "*batch"]
-) -> tuple[Float[Array, "*batch R/2"], Float[Array, "*batch R/2"]]:
+) -> tuple[Float[Array, "*batch half_R"], Float[Array, "*batch half_R"]]:
     """Cosine and sine of positions * inverse_frequencies, times YaRN's cos_sin_scale; float32."""
     angles = positions.astype(jnp.float32)[..., None] * _broadcast(inverse_frequencies(rope, dim), positions.ndim)
     return jnp.cos(angles) * rope.cos_sin_scale, jnp.sin(angles) * rope.cos_sin_scale
@@ -65,9 +65,9 @@ def _broadcast(vector: np.ndarray, leading: int) -> jax.Array:
 
 
 def rotate(
-    x: Float[Array, "*batch R"],
-    cos: Float[Array, "*batch R/2"],
-    sin: Float[Array, "*batch R/2"],
+    x: Float[Array, "*#batch R"],
+    cos: Float[Array, "*#batch half_R"],
+    sin: Float[Array, "*#batch half_R"],
     *,
     interleaved: bool,
 ) -> Float[Array, "*batch R"]:

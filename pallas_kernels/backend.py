@@ -134,7 +134,7 @@ def triton_why_not(gpu: Gpu | None) -> str | None:
 
 
 def mosaic_why_not(gpu: Gpu | None) -> str | None:
-    """Why Pallas's Mosaic GPU back end cannot run Hopper kernels on a GPU (None: there is none), or None if it can."""
+    """Why Pallas's Mosaic GPU cannot run Hopper kernels on a GPU (None: there is none), or None if it can."""
     if gpu is None:
         return "it needs a GPU; this process has none."
     if gpu.platform != "cuda" or gpu.capability is None or gpu.capability[0] != 9:
@@ -167,8 +167,8 @@ def mosaic_kernel(
     """
     from jax.experimental.mosaic.gpu import utils
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jax._src.lib.mlir import ir
-    from jax._src.lib.mlir.dialects import llvm
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))

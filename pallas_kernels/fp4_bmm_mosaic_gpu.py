@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels import fp4_bmm_wgmma as wgmma
-from pallas_kernels import fragments
 from pallas_kernels.backend import mosaic_kernel
-from pallas_kernels.fp4_bmm_wgmma import Config, Problem
+from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes
+from pallas_kernels.fp4_bmm_wgmma import program
 from pallas_kernels.fragments import BLOCK, FragmentOrder
 
 _VECTOR = 8  # bfloat16 in the 16 bytes that cp.async and the stores move
@@ -59,13 +58,13 @@ def fp4_bmm_mosaic_gpu(
     if batch == 0:
         return jnp.zeros((0, heads, problem.outputs), jnp.bfloat16)
     config = default_config(problem) if config is None else config
-    wgmma.check_config(problem, config)
+    check_config(problem, config)
     return mosaic_kernel(
-        functools.partial(wgmma.program, problem, config),
+        functools.partial(program, problem, config),
         out_shape=jax.ShapeDtypeStruct((batch, heads, problem.outputs), jnp.bfloat16),
-        grid=wgmma.grid(problem, config),
+        grid=grid(problem, config),
         warpgroups=config.warpgroups,
-        shared_memory_bytes=wgmma.shared_memory_bytes(problem, config),
+        shared_memory_bytes=shared_memory_bytes(problem, config),
     )(x, codes, scales)
 
 
@@ -114,8 +113,8 @@ def _problem(x, codes, scales, order: FragmentOrder, contract: str, first_x: int
 def default_config(problem: Problem) -> Config:
     """Tiles for a problem, from measurements on an H100 (bench/matmul.py).
 
-    No choice changes a bit of the result, so it may follow the batch. Few tokens: small CTAs, several to an SM, so that
-    one's arithmetic runs under another's loads. Many: weights decoded once for up to eight tiles of 64 tokens.
+    No choice changes a bit of the result, so it may follow the batch. Few tokens: small CTAs, several to an SM, so
+    that one's arithmetic runs under another's loads. Many: weights decoded once for up to eight tiles of 64 tokens.
     """
     batch, tiles = problem.batch, problem.outputs // BLOCK
     blocks = problem.contraction // BLOCK
@@ -140,7 +139,7 @@ def _spread(problem: Problem, config: Config) -> Config:
     most = 1024 // problem.contraction if problem.transposed else 8
     token_tiles = min(config.token_tiles, most)
     while token_tiles > 1:
-        ctas = wgmma.grid(problem, dataclasses.replace(config, token_tiles=token_tiles))
+        ctas = grid(problem, dataclasses.replace(config, token_tiles=token_tiles))
         if ctas >= _SMS:
             break
         token_tiles = -(-token_tiles // 2)
@@ -159,6 +158,3 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-__all__ = ["Config", "default_config", "fp4_bmm_mosaic_gpu", "fragments", "unsupported"]

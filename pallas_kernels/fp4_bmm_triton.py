@@ -76,8 +76,9 @@ class _Problem:
 
     def tile(self, config: Config) -> tuple[int, int]:
         """Rows and columns of a weight tile."""
-        tile = (config.block_out, config.block_k)
-        return tile if self.contract == "columns" else tile[::-1]
+        if self.contract == "columns":
+            return config.block_out, config.block_k
+        return config.block_k, config.block_out
 
 
 def fp4_bmm_triton(

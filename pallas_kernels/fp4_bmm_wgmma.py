@@ -3,10 +3,10 @@
     out[b, h, m] = sum_k x[b, h, x0 + k] A[h, m, k]        A in fragment order (fragments.py), exact
 
 A CTA owns `warpgroups * tiles` blocks of 64 outputs of one head and `token_tiles` tiles of `tokens` tokens. Every
-thread first asks for all the weight bytes it will ever need (16-byte loads, all in flight at once: at few tokens the
-kernel is as fast as those bytes arrive), then the CTA asks for x, which cp.async lays into shared memory as wgmma wants
-it (rows of 128 bytes, 128-byte swizzle). Weights are decoded once, into registers that serve every token tile. Results
-go through shared memory (stmatrix, transposed) to 16-byte stores of rows of the output.
+thread first asks for all the weight bytes it will ever need (16-byte loads, all in flight at once: at few tokens
+the kernel is as fast as those bytes arrive), then the CTA asks for x, which cp.async lays into shared memory as wgmma
+wants it (rows of 128 bytes, 128-byte swizzle). Weights are decoded once, into registers that serve every token tile.
+Results go through shared memory (stmatrix, transposed) to 16-byte stores of rows of the output.
 
 Batch invariance: whatever the config, an output is one chain of wgmma k16 steps over ascending k into one float32
 accumulator. A row's result does not depend, bit for bit, on the batch that it sits in.
@@ -14,111 +14,20 @@ accumulator. A row's result does not depend, bit for bit, on the batch that it s
 
 from __future__ import annotations
 
-import dataclasses
-
+from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES, Config, Problem, box_bytes, grid, slot_bytes
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
 from pallas_kernels.fragments import BLOCK, GROUP
 from pallas_kernels.ptx import Ptx, vector
 
-_SLAB_BYTES = 128  # 64 bfloat16: the swizzle's row
 _BLOCK_BYTES = 2048  # a 64 x 64 block of weights
-_ALIGNMENT = 1024  # of a swizzled matrix: eight rows
 _ALL = 1  # named barrier of the whole CTA (Mosaic has 0); 2 .. warpgroups + 1 are the warpgroups' own
 # wgmma's descriptor of x (PTX ISA, "Matrix descriptor"): 128-byte swizzle, 1024 bytes from 8 rows to the next.
-_DESCRIPTOR = (1 << 62) | ((_ALIGNMENT >> 4) << 32) | (1 << 16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the kernel is tiled; no choice changes a bit of the result.
-
-    Attributes:
-        tokens: tokens of a wgmma, a multiple of 8.
-        warpgroups: of a CTA.
-        tiles: 64-output tiles that a warpgroup computes.
-        token_tiles: tiles of `tokens` tokens that a CTA computes.
-        slots: token tiles of x in shared memory at once.
-        accumulators: sets of accumulator registers; with more than one, stores overlap the next tile's products.
-        delay: x of tiles after the first is asked for once so many 64-k blocks of weights have arrived.
-    """
-
-    tokens: int
-    warpgroups: int
-    tiles: int
-    token_tiles: int = 1
-    slots: int = 1
-    accumulators: int = 1
-    delay: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The static side of a product. Sizes are elements unless they say bytes.
-
-    Attributes:
-        transposed: the weights are a head's key rows (k_up); else its other rows.
-        batch, heads: B, H.
-        outputs: M.
-        contraction: K.
-        x_width, first_x: x is [B, H, x_width] and used from column first_x on.
-        head_code_bytes, first_code_byte: of a head's codes, and where the used ones begin in it.
-        head_scale_bytes, first_scale_byte: likewise.
-    """
-
-    transposed: bool
-    batch: int
-    heads: int
-    outputs: int
-    contraction: int
-    x_width: int
-    first_x: int
-    head_code_bytes: int
-    first_code_byte: int
-    head_scale_bytes: int
-    first_scale_byte: int
-
-
-def grid(problem: Problem, config: Config) -> int:
-    """CTAs: the parts of a head's outputs vary fastest, then heads, then token tiles."""
-    parts = problem.outputs // (BLOCK * config.warpgroups * config.tiles)
-    return parts * problem.heads * -(-problem.batch // (config.tokens * config.token_tiles))
-
-
-def shared_memory_bytes(problem: Problem, config: Config) -> int:
-    """x slots, two staging buffers a warpgroup, and what aligning them may cost."""
-    return _ALIGNMENT + config.slots * _slot_bytes(problem, config) + 2 * config.warpgroups * _box_bytes(config)
-
-
-def check_config(problem: Problem, config: Config) -> None:
-    """Raise ValueError unless the config fits the problem."""
-    c = config
-    rules = {
-        "tokens must be a multiple of 8 in 8 .. 128": c.tokens % 8 == 0 and 8 <= c.tokens <= 128,
-        "warpgroups must be 1, 2 or 4": c.warpgroups in (1, 2, 4),
-        "warpgroups * tiles must divide the 64-output tiles": c.tiles >= 1
-        and (problem.outputs // BLOCK) % (c.warpgroups * c.tiles) == 0,
-        "slots must be 1 .. token_tiles": 1 <= c.slots <= c.token_tiles,
-        "a ring of slots must hold one more tile than accumulators": c.slots == c.token_tiles
-        or c.slots > c.accumulators,
-        "several tiles must come with all token tiles in slots": c.tiles == 1 or c.slots == c.token_tiles,
-        "shared memory must hold at most 227 KiB": shared_memory_bytes(problem, c) <= 227 * 1024,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            raise ValueError(f"fp4_bmm_wgmma: {rule}; got {config} for {problem}. Leave config out for a default.")
+_DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
 def program(problem: Problem, config: Config) -> str:
-    """The whole kernel. Operands: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
+    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
     return _Kernel(problem, config).emit()
-
-
-def _slot_bytes(problem: Problem, config: Config) -> int:
-    return config.tokens * problem.contraction * 2
-
-
-def _box_bytes(config: Config) -> int:
-    return config.tokens * _SLAB_BYTES
 
 
 class _Kernel:
@@ -158,10 +67,11 @@ class _Kernel:
     def _indices(self) -> None:
         """This thread's place in the grid: head, first output tile, first token; in the warpgroup: w, g, t."""
         ptx, p, c = self.ptx, self.p, self.c
-        names = ("tid", "thread", "lane", "w", "wg", "g", "t", "head", "tile", "token", "tmp", "tmp2")
-        for name in names:
-            setattr(self, name, ptx.reg(name))
-        self.wide, self.wide2 = ptx.regs("wide", 2, "b64")
+        self.tid, self.thread, self.lane = ptx.reg("tid"), ptx.reg("thread"), ptx.reg("lane")
+        self.w, self.wg, self.g, self.t = (ptx.reg(name) for name in ("w", "wg", "g", "t"))
+        self.head, self.tile, self.token = ptx.reg("head"), ptx.reg("tile"), ptx.reg("token")
+        self.tmp, self.tmp2 = ptx.regs("tmp", 2)
+        self.wide = ptx.reg("wide", "b64")
         self.pred, self.fits = ptx.reg("pred", "pred"), ptx.reg("fits", "pred")
         parts = p.outputs // (BLOCK * c.warpgroups * c.tiles)
         ptx(
@@ -237,8 +147,8 @@ class _Kernel:
         self.shared, self.x_row, self.x_to = ptx.reg("shared"), ptx.reg("x_row"), ptx.reg("x_to")
         self.x_from = ptx.reg("x_from", "b64")
         ptx(
-            f"add.u32 {self.shared}, $4, {_ALIGNMENT - 1};",
-            f"and.b32 {self.shared}, {self.shared}, -{_ALIGNMENT};",
+            f"add.u32 {self.shared}, $4, {ALIGNMENT - 1};",
+            f"and.b32 {self.shared}, {self.shared}, -{ALIGNMENT};",
             f"shr.u32 {self.x_row}, {self.tid}, 3;",
             f"and.b32 {self.tmp}, {self.tid}, 7;",
             f"add.u32 {self.tmp2}, {self.token}, {self.x_row};",
@@ -258,7 +168,7 @@ class _Kernel:
     def _load_x(self, tile: int) -> None:
         """Start copying a token tile of x to its slot; tokens past the batch become zeros and are not read."""
         ptx, p, c = self.ptx, self.p, self.c
-        slot = (tile % c.slots) * _slot_bytes(p, c)
+        slot = (tile % c.slots) * slot_bytes(p, c)
         rows = 16 * c.warpgroups  # that the CTA's threads copy at once
         for first in range(0, c.tokens, rows):
             token = tile * c.tokens + first
@@ -273,7 +183,7 @@ class _Kernel:
                 ptx(f"setp.lt.u32 {self.fits}, {self.x_row}, {c.tokens - first};")
                 guard = f"@{self.fits} "
             for slab in range(self.blocks):
-                to = slot + slab * _box_bytes(c) + first * _SLAB_BYTES
+                to = slot + slab * box_bytes(c) + first * SLAB_BYTES
                 source = (token * p.heads * p.x_width + p.first_x + slab * BLOCK) * 2
                 ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x_from}+{source}], 16, {self.tmp};")
         ptx("cp.async.commit_group;")
@@ -306,9 +216,9 @@ class _Kernel:
         ptx, p, c = self.ptx, self.p, self.c
         self.stage, self.box, self.out_row = ptx.reg("stage"), ptx.reg("box"), ptx.reg("out_row")
         self.out = ptx.reg("out", "b64")
-        boxes = c.slots * _slot_bytes(p, c)
+        boxes = c.slots * slot_bytes(p, c)
         ptx(
-            f"mad.lo.u32 {self.stage}, {self.wg}, {2 * _box_bytes(c)}, {self.shared};",
+            f"mad.lo.u32 {self.stage}, {self.wg}, {2 * box_bytes(c)}, {self.shared};",
             f"add.u32 {self.stage}, {self.stage}, {boxes};",
             # this thread's chunk (tid % 8) of row (thread / 8)
             f"shr.u32 {self.out_row}, {self.thread}, 3;",
@@ -316,7 +226,7 @@ class _Kernel:
             f"xor.b32 {self.tmp2}, {self.tmp}, {self.out_row};",
             f"and.b32 {self.tmp2}, {self.tmp2}, 7;",
             f"shl.b32 {self.tmp2}, {self.tmp2}, 4;",
-            f"mad.lo.u32 {self.tmp2}, {self.out_row}, {_SLAB_BYTES}, {self.tmp2};",
+            f"mad.lo.u32 {self.tmp2}, {self.out_row}, {SLAB_BYTES}, {self.tmp2};",
             f"add.u32 {self.box}, {self.stage}, {self.tmp2};",
             f"mul.lo.u32 {self.tmp2}, {self.tile}, {BLOCK};",
             f"mad.lo.u32 {self.tmp2}, {self.tmp}, 8, {self.tmp2};",
@@ -328,9 +238,9 @@ class _Kernel:
             f"add.u64 {self.out}, {self.out}, {self.wide};",
             # this lane's stmatrix row
             f"and.b32 {self.tmp}, {self.lane}, 7;",
-            f"mad.lo.u32 {self.stage}, {self.tmp}, {_SLAB_BYTES}, {self.stage};",
+            f"mad.lo.u32 {self.stage}, {self.tmp}, {SLAB_BYTES}, {self.stage};",
             f"shr.u32 {self.tmp2}, {self.lane}, 4;",
-            f"mad.lo.u32 {self.stage}, {self.tmp2}, {8 * _SLAB_BYTES}, {self.stage};",
+            f"mad.lo.u32 {self.stage}, {self.tmp2}, {8 * SLAB_BYTES}, {self.stage};",
             f"shr.u32 {self.tmp2}, {self.lane}, 3;",
             f"and.b32 {self.tmp2}, {self.tmp2}, 1;",
             f"mad.lo.u32 {self.tmp2}, {self.w}, 2, {self.tmp2};",
@@ -380,8 +290,8 @@ class _Kernel:
             if token_tile == 0 or first == 0:
                 ptx("wgmma.fence.sync.aligned;")
             for step in range(first, first + 4):
-                slot = (token_tile % c.slots) * _slot_bytes(self.p, c)
-                offset = (slot + step // 4 * _box_bytes(c)) // 16 + (step % 4) * 2
+                slot = (token_tile % c.slots) * slot_bytes(self.p, c)
+                offset = (slot + step // 4 * box_bytes(c)) // 16 + (step % 4) * 2
                 ptx(
                     f"add.u64 {self.at}, {self.descriptor}, {offset};",
                     f"wgmma.mma_async.sync.aligned.m64n{c.tokens}k16.f32.bf16.bf16 {vector(acc)}, "
@@ -413,7 +323,7 @@ class _Kernel:
         ptx, p, c = self.ptx, self.p, self.c
         tile, token_tile = step
         ptx(f"wgmma.wait_group.sync.aligned {later};")
-        buffer = number % 2 * _box_bytes(c)
+        buffer = number % 2 * box_bytes(c)
         for first in range(0, c.tokens // 8, 2):
             count = min(2, c.tokens // 8 - first)
             for e in range(2 * count):  # accumulators 4n .. 4n + 3: row g at tokens 2t, 2t + 1, then row g + 8
@@ -421,7 +331,7 @@ class _Kernel:
                 ptx(f"cvt.rn.bf16x2.f32 {self.packed[e]}, {acc[i + 1]}, {acc[i]};")
             ptx(
                 f"stmatrix.sync.aligned.m8n8.x{2 * count}.trans.shared.b16 "
-                f"[{self.stage}+{buffer + first * 8 * _SLAB_BYTES}], {vector(self.packed[: 2 * count])};"
+                f"[{self.stage}+{buffer + first * 8 * SLAB_BYTES}], {vector(self.packed[: 2 * count])};"
             )
         self._warpgroup_barrier()
         for first in range(0, c.tokens, 16):
@@ -435,6 +345,6 @@ class _Kernel:
                 ptx(f"setp.lt.and.u32 {self.pred}, {self.out_row}, {c.tokens - first}, {self.pred};")
             to = token * p.heads * p.outputs * 2 + tile * BLOCK * 2
             ptx(
-                f"@{self.pred} ld.shared.v4.b32 {vector(self.packed)}, [{self.box}+{buffer + first * _SLAB_BYTES}];",
+                f"@{self.pred} ld.shared.v4.b32 {vector(self.packed)}, [{self.box}+{buffer + first * SLAB_BYTES}];",
                 f"@{self.pred} st.global.v4.b32 [{self.out}+{to}], {vector(self.packed)};",
             )

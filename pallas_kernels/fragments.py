@@ -1,7 +1,7 @@
-"""The order in which the Hopper kernels hold FP4 weights: tensor core fragments, a bijection of the checkpoint's bytes.
+"""The order in which the Hopper kernels hold FP4 weights: tensor core fragments, the same bytes elsewhere.
 
-A head's weights [N, C] are one or two matrices A [M, K], M outputs by K summed elements: the first `key_rows` rows are
-used transposed (k_up: M = C, K = key_rows), the rest as they are (v_up and plain linears: M = N - key_rows, K = C).
+A head's weights [N, C] are one or two matrices A [M, K], M outputs by K summed elements: the first `key_rows` rows
+are used transposed (k_up: M = C, K = key_rows), the rest as they are (v_up, plain linears: M = N - key_rows, K = C).
 Each lies where it lay in the row-major bytes, key rows first, and is cut into blocks of 64 x 64, row of blocks by row
 of blocks. A block is 2048 bytes: 128 threads (a warpgroup) x 16 bytes, so that a thread loads its share of a block at
 once and every 512 bytes are one warp's. Thread 32w + 4g + t holds words q = 0 .. 3, one for each 16 of the block's K;
@@ -17,10 +17,10 @@ e2m1 * 2^-126, subnormal but exact, which the tensor cores take as it is. The in
     p = 0  w & 0x81C081C0                  p = 1  rotr(w, 4) & 0x81C081C0        p = 2  (w << 6) & 0x81C081C0
     p = 3  (rotr(w, 6) & 0x81808180) | ((w << 2) & 0x00400040)
 
-Scale bytes keep their place before or after the others likewise. Of a transposed matrix there is one for 32 outputs m
-and one k: [M/32][t = 0 .. 3][K/16][4], the last axis being k = 2t, 2t + 1, 2t + 8, 2t + 9 of 16. Of the other there is
-one for an output and 32 k: [M/16][g = 0 .. 7][K/64][2][2], the last two axes being the half of the 64 k, and row g or
-g + 8 of 16. A thread's scales are contiguous in both.
+Scale bytes keep their place before or after the others likewise. Of a transposed matrix there is one for 32 outputs
+m and one k: [M/32][t = 0 .. 3][K/16][4], the last axis being k = 2t, 2t + 1, 2t + 8, 2t + 9 of 16. Of the other there
+is one for an output and 32 k: [M/16][g = 0 .. 7][K/64][2][2], the last two axes being the half of the 64 k, and row g
+or g + 8 of 16. A thread's scales are contiguous in both.
 """
 
 from __future__ import annotations

@@ -135,7 +135,9 @@ def test_padding_anywhere_is_not_there(rng):
     layer = make_layer(small_config(rope=YARN))
     x = inputs(rng, 3, 8, layer.config)
     mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [1, 0, 1, 0, 0, 1, 1, 0]], bool)
-    y, cache = layer.prefill(jnp.where(mask[..., None], x, jnp.nan), layer.init_cache(3, 9), padding_mask=mask)
+    y, cache = layer.prefill(
+        jnp.where(mask[..., None], x, jnp.nan), layer.init_cache(3, 9), padding_mask=jnp.asarray(mask)
+    )
     np.testing.assert_array_equal(cache.length, mask.sum(1))
     for b in range(3):
         expected = oracle_layer(layer, np.asarray(x[b])[mask[b]])[0]
@@ -147,7 +149,7 @@ def test_positions_are_the_callers_to_set(rng):
     layer = make_layer(small_config(rope=YARN))
     x = inputs(rng, 1, 5, layer.config)
     positions = np.array([[7, 8, 20, 21, 22]])
-    y, _ = layer.prefill(x, layer.init_cache(1, 5), positions=positions)
+    y, _ = layer.prefill(x, layer.init_cache(1, 5), positions=jnp.asarray(positions))
     expected = oracle_layer(layer, x[0], positions[0])[0]
     np.testing.assert_allclose(y[0], expected, atol=ATOL, rtol=0)
     assert np.abs(np.asarray(y[0]) - oracle_layer(layer, x[0])[0]).max() > 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 from jax.typing import DTypeLike
@@ -16,7 +17,7 @@ from mla_fp4_jax.checkpoint.readers import find_reader
 from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.errors import CheckpointError
-from mla_fp4_jax.weights import MLAWeights, Weight, weight_shapes
+from mla_fp4_jax.weights import MLAWeights, weight_shapes
 
 MOST_NAMES_SHOWN = 12
 
@@ -72,7 +73,7 @@ class LayerPlan:
         Raises:
             CheckpointError: a value that is not finite, or a file that changed meanwhile.
         """
-        values: dict[str, Weight] = {
+        values: dict[str, Any] = {
             planned.field: planned.reader.read(planned.stored, dtype) for planned in self.weights
         }
         rows = weight_shapes(self.config)["kv_b_proj"][:2]

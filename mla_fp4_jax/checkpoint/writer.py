@@ -84,4 +84,4 @@ def _write_bytes(file: Any, array: np.ndarray) -> None:
         chunk = flat[start : start + step]
         if array.dtype == FLOAT4:
             chunk = (chunk[0::2] & 15) | (chunk[1::2] << 4)
-        file.write(memoryview(np.ascontiguousarray(chunk)))
+        file.write(np.ascontiguousarray(chunk).data)

@@ -22,7 +22,7 @@ def run_info(args: argparse.Namespace) -> None:
     rows += [(name, version) for name in DISTRIBUTIONS if (version := _version(name))]
     print(table(rows))
     print("\nDevices")
-    print(table([_describe(device) for device in jax.devices()]))
+    print(table(_devices()))
     print("\nImplementations of the FP4 products, in order of preference")
     rows = [
         (name, "can run" if why is None else f"cannot: {why}") for name, why in implementations.available().items()
@@ -53,9 +53,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _describe(device: jax.Device) -> tuple[str, str, str]:
-    capability = getattr(device, "compute_capability", None)
-    memory = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    notes = [f"compute capability {capability}"] if capability else []
-    notes += [f"{memory / 2**30:.1f} GiB"] if memory else []
-    return str(device), device.device_kind, ", ".join(notes)
+def _devices() -> list[tuple[str, str, str]]:
+    """Name, kind and notes of each device."""
+    rows = []
+    for device in jax.devices():
+        capability = getattr(device, "compute_capability", None)
+        memory = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+        notes = [f"compute capability {capability}"] if capability else []
+        notes += [f"{memory / 2**30:.1f} GiB"] if memory else []
+        rows.append((str(device), device.device_kind, ", ".join(notes)))
+    return rows

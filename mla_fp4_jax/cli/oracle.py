@@ -77,7 +77,7 @@ class Float64Layer:
 
     def queries(
         self, x: Float64[np.ndarray, "T E"], positions: Int[np.ndarray, "T"]
-    ) -> Float64[np.ndarray, "T H P+R"]:
+    ) -> Float64[np.ndarray, "T H PR"]:
         """Queries with their rope columns rotated."""
         c = self.config
         if c.q_lora_rank is None:
@@ -100,7 +100,7 @@ class Float64Layer:
 
     def naive(
         self,
-        q: Float64[np.ndarray, "T H P+R"],
+        q: Float64[np.ndarray, "T H PR"],
         latent: Float64[np.ndarray, "S L"],
         k_rope: Float64[np.ndarray, "S R"],
         positions: Int[np.ndarray, "T"],
@@ -116,7 +116,7 @@ class Float64Layer:
 
     def absorbed(
         self,
-        q: Float64[np.ndarray, "T H P+R"],
+        q: Float64[np.ndarray, "T H PR"],
         latent: Float64[np.ndarray, "S L"],
         k_rope: Float64[np.ndarray, "S R"],
         positions: Int[np.ndarray, "T"],

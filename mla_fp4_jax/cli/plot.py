@@ -35,9 +35,9 @@ def draw_plot(path: Path, errors: dict[str, float], held: dict[str, int], dtype:
         dtype: the compute dtype, for a label.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(11, 3.4), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15)
+    figure = Figure(figsize=(11, 3.4), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.15))
     error_axes, memory_axes = figure.subplots(1, 2)
     names = list(errors)
     colours = [OURS if i == 0 else THEIRS for i in range(len(names))]

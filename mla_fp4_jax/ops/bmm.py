@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, XLA
 from mla_fp4_jax.ops.xla import fp4_bmm_xla
 from pallas_kernels import fp4_bmm_mosaic_gpu as mosaic
 from pallas_kernels import fp4_bmm_triton as triton
@@ -82,8 +82,7 @@ def fp4_bmm(
     return _bmm(x, w, call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _bmm(x: Array, w: FP4Array, call: _Call) -> Array:
+def _primal(x: Array, w: FP4Array, call: _Call) -> Array:
     name, why = _choose(x, w, call)
     implementations.log_choice("fp4_bmm", name, why)
     if call.implementation is None and name != XLA:
@@ -119,6 +118,7 @@ def _backward(call: _Call, saved, g: Array):
     return jnp.pad(dx, ((0, 0), (0, 0), (first, x.shape[-1] - first - number))), None
 
 
+_bmm = jax.custom_vjp(_primal, nondiff_argnums=(2,))
 _bmm.defvjp(_forward, _backward)
 
 
@@ -170,6 +170,7 @@ def _run(x: Array, w: FP4Array, *, name: str, call: _Call) -> Array:
         used = x[..., column : column + num_columns]
         return fp4_bmm_xla(used, part, call.contract, out_dtype=call.out_dtype)
     if name == MOSAIC:
+        assert w.order is not None
         return mosaic.fp4_bmm_mosaic_gpu(x, w.packed, w.scales, w.order, **operands)
     return triton.fp4_bmm_triton(
         x,
