@@ -43,7 +43,8 @@ def quantize_mxfp4(w: Float[Array, "*rows C"], *, scale_rule: str = "even") -> F
     """
     if scale_rule not in SCALE_RULES:
         raise ValueError(
-            f"quantize_mxfp4: scale_rule must be one of {SCALE_RULES}; got {scale_rule!r}. 'even' has the least error."
+            f"quantize_mxfp4: scale_rule must be one of {SCALE_RULES}; got {scale_rule!r}. "
+            "'even' has the least error."
         )
     groups = _groups("quantize_mxfp4", w, MXFP4_GROUP)
     largest = _largest_bits(groups)
