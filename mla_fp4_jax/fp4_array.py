@@ -151,12 +151,14 @@ class FP4Array:
         parts = (self.packed, self.scales)
         return parts if self.global_scale is None else (*parts, self.global_scale)
 
+    __iter__ = None  # Python would index 0, 1, ... without end: JAX clamps an index past the axis
+
     def __getitem__(self, index) -> FP4Array:
         """Index the leading axes; `[...]` is the array itself. The last axis cannot be cut: groups lie along it."""
         if index is Ellipsis:
             return self
         parts = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in parts or len(parts) >= self.ndim:
+        if any(part is Ellipsis for part in parts) or len(parts) >= self.ndim:
             raise IndexError(
                 f"FP4Array: an index must leave the last axis alone; got {index!r} for shape {self.shape}. "
                 "Dequantise to cut columns."
@@ -196,7 +198,8 @@ class FP4Array:
 
 
 def _codes_from_bytes(packed: UInt8[Array, "*rows half"]) -> Array:
-    codes = jax.lax.bitcast_convert_type(packed, jnp.float4_e2m1fn)
+    # The barrier keeps XLA from folding the bitcast of a constant, which jax 0.10's does wrongly. It moves no byte.
+    codes = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(packed), jnp.float4_e2m1fn)
     return codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 

@@ -16,7 +16,6 @@ SCALE_RULES = ("even", "floor", "ceil", "rceil")
 # even at 1.75, where rounding to e2m1 would pass 6; ceil above 1; rceil above 1.5, the largest m of 6 = 1.5 * 4.
 _STEP_UP_FROM = {"even": 0x600000, "floor": 1 << 23, "ceil": 1, "rceil": 0x400001}
 _E2M1_EXPONENT_MAX = 2  # 6 = 1.5 * 2^2
-_NVFP4_LARGEST = formats.E4M3_MAX * formats.E2M1_MAX
 _F32_INF = 0x7F800000
 _NVFP4_TINY = 64 << 23  # the bits of 2^-63
 
@@ -77,15 +76,13 @@ def quantize_nvfp4(w: Float[Array, "*rows C"]) -> FP4Array:
     # An array of tiny values is worked on 2^64 times as large, lest 1 / scale overflow or subnormals be flushed.
     tiny = most < _NVFP4_TINY
     values, peaks = _f32(bits, tiny), _f32(largest, tiny)
-    # Behind barriers XLA neither turns a division by a constant into a multiplication nor joins two divisions,
-    # each of which may be one bit off.
-    six, range_ = jax.lax.optimization_barrier((jnp.float32(formats.E2M1_MAX), jnp.float32(_NVFP4_LARGEST)))
     unit = jnp.where(tiny, jnp.float32(2.0**-64), 1.0)
-    scale = jnp.maximum(_f32(most, tiny) / range_, jnp.where(tiny, jnp.float32(2.0**-62), 0.0))
+    scale = _divide(_f32(most, tiny), formats.E4M3_MAX * formats.E2M1_MAX)
+    scale = jnp.maximum(scale, jnp.where(tiny, jnp.float32(2.0**-62), 0.0))
     scale = jnp.where(most == 0, 1.0 / unit, jnp.where(most >= _F32_INF, jnp.nan, scale))
-    sixths, inverse = jax.lax.optimization_barrier((peaks / six, 1.0 / scale))
     smallest = 2.0**-9  # e4m3's least; a zero scale would lose the group
-    byte = formats.encode_e4m3(jnp.maximum(sixths / scale, smallest))
+    byte = formats.encode_e4m3(jnp.maximum(_divide(_divide(peaks, formats.E2M1_MAX), scale), smallest))
+    inverse = jax.lax.optimization_barrier(1.0 / scale)  # XLA would join the two divisions, one bit off
     codes = formats.encode_e2m1(values * (inverse / formats.decode_e4m3(byte))[..., None])
     return FP4Array.from_codes(codes.reshape(w.shape), byte, global_scale=scale * unit, format="nvfp4")
 
@@ -100,12 +97,23 @@ def _groups(where: str, w: Float[Array, "*rows C"], group: int) -> Float[Array, 
             f"Pad it to {-(-(w.shape[-1] if w.ndim else 1) // group) * group} columns."
         )
     if not isinstance(w, jax.core.Tracer):
-        bad = int(jnp.size(w) - jnp.sum(jnp.isfinite(w)))
+        with jax.ensure_compile_time_eval():  # a constant within jit is as well known
+            bad = int(jnp.size(w) - jnp.sum(jnp.isfinite(w)))
         if bad:
             raise ValueError(
                 f"{where}: w must be finite; got {bad} NaN or infinite values. Repair the weights first."
             )
     return w.reshape(*w.shape[:-1], w.shape[-1] // group, group)
+
+
+def _divide(a: Float[Array, "*shape"], scalar: Float[Array, ""] | float) -> Float[Array, "*shape"]:
+    """a / scalar of a >= 0, correctly rounded.
+
+    XLA multiplies by the reciprocal of a divisor that it sees to be one scalar; so it is shown an array, one that
+    depends on a in order that vmap makes an array of it as well.
+    """
+    a = jax.lax.optimization_barrier(a)
+    return a / jax.lax.optimization_barrier(jnp.where(a < 0, a, scalar))
 
 
 def _f32(bits: Int32[Array, "*shape"], enlarge: Bool[Array, ""]) -> Float[Array, "*shape"]:

@@ -177,6 +177,21 @@ def test_nvfp4_of_tiny_and_huge_arrays(rng, shift):
     assert moved[2] == np.ldexp(glob, shift)
 
 
+def test_nvfp4_scales_are_correctly_rounded(rng):
+    """A global scale and block scales near e4m3's ties, for 512 arrays at once: a division one bit off shows."""
+    ties = (oracle.e4m3(np.arange(8, 126)) + oracle.e4m3(np.arange(9, 127))) / 2
+    x = np.zeros((512, 8, 16), np.float32)
+    x[:, 0, 0] = rng.uniform(0.5, 4, 512)
+    near = x[:, :1, 0] * rng.choice(ties, (512, 7)).astype(np.float32) / np.float32(448)
+    x[:, 1:, 0] = np.nextafter(near, rng.choice([-np.inf, 0, np.inf], near.shape).astype(np.float32))
+    w = jax.jit(jax.vmap(quantize_nvfp4))(jnp.asarray(x))
+    for i in range(512):
+        codes, scales, glob = nvfp4_by_rule(x[i])
+        assert np.asarray(w.global_scale)[i] == glob
+        np.testing.assert_array_equal(np.asarray(w.scales)[i, :, 0], scales)
+        np.testing.assert_array_equal(oracle.unpack(np.asarray(w.packed)[i]), codes)
+
+
 # Hypothesis draws the structure that matters (exponents, signs, ties) and leaves filling in to a seed.
 GROUPS = st.tuples(st.integers(0, 2**32 - 1), st.integers(-100, 100), st.integers(0, 40))
 RULE = st.sampled_from(RULES)
