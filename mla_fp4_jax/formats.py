@@ -47,15 +47,18 @@ def encode_e2m1(x: Float[Array, "*shape"], exponent: Int32[Array, "*shape"] | No
         exponent: int32 power of two that x is divided by, without an intermediate rounding; None for 0.
     """
     bits = f32_bits(x)
-    field = (bits >> _F32_MANTISSA_BITS) & 0xFF
-    significand = (bits & (_F32_IMPLICIT_ONE - 1)) | jnp.where(field > 0, _F32_IMPLICIT_ONE, 0)
-    # |x| / 2^exponent = significand * 2^(binade - 23). Below 2 the grid's step is 1/2, from 2 on 1, from 4 on 2:
-    # the significand is cut 22 bits from its end in each of those binades, and further below.
-    binade = jnp.maximum(field, 1) - _F32_BIAS - (0 if exponent is None else exponent)
+    field, mantissa = (bits >> _F32_MANTISSA_BITS) & 0xFF, bits & (_F32_IMPLICIT_ONE - 1)
+    # |x| / 2^exponent = significand * 2^(binade - 23), the significand 24 bits long, subnormals' too, or 0. Below
+    # 2 the grid's step is 1/2, from 2 on 1, from 4 on 2: the significand is cut 22 bits from its end in each of
+    # those binades, and further below.
+    missing = jnp.where(field > 0, 0, jnp.minimum(jax.lax.clz(mantissa) - 8, 24))
+    significand = jnp.where(field > 0, mantissa | _F32_IMPLICIT_ONE, mantissa << missing)
+    binade = jnp.maximum(field, 1) - missing - _F32_BIAS - (0 if exponent is None else exponent)
     cut = jnp.clip(22 - binade, 22, 26)  # 26 leaves nothing of 24 bits
     odd = (significand >> cut) & 1
     steps = (significand + (1 << (cut - 1)) - 1 + odd) >> cut
     magnitude = jnp.where(binade > 2, 7, jnp.minimum(steps + 2 * jnp.clip(binade, 0, 2), 7))
+    magnitude = jnp.where(significand == 0, 0, magnitude)
     return (((bits >> 28) & 8) | magnitude).astype(jnp.uint8)
 
 

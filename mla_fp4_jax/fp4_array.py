@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,10 @@ class FP4Array:
             (static). Everything but the attributes codes, scales and packed undoes it.
     """
 
-    codes: Array
-    scales: UInt8[Array, "*rows groups"]
-    global_scale: Float[Array, ""] | None = None
+    # Any: what stands in for an array, and a vmapped global_scale, are legal too.
+    codes: Any
+    scales: Any
+    global_scale: Any = None
     format: str = dataclasses.field(default="mxfp4", metadata={"static": True})
     order: FragmentOrder | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -197,6 +199,8 @@ class FP4Array:
         """The same bytes in row-major order, as from_packed took them; jittable."""
         return self if self.order is None else _from_fragments(self)
 
+    __iter__ = None  # Python would index 0, 1, ... without end: JAX clamps an index past the axis
+
     def __getitem__(self, index) -> FP4Array:
         """Index the leading axes; `[...]` is the array itself. The last axis cannot be cut: groups lie along it."""
         if index is Ellipsis:
@@ -204,7 +208,7 @@ class FP4Array:
         parts = index if isinstance(index, tuple) else (index,)
         if self.order is not None and len(parts) >= self.ndim - 1:
             return self.in_checkpoint_order()[index]
-        if Ellipsis in parts or len(parts) >= self.ndim:
+        if any(part is Ellipsis for part in parts) or len(parts) >= self.ndim:
             raise IndexError(
                 f"FP4Array: an index must leave the last axis alone; got {index!r} for shape {self.shape}. "
                 "Dequantise to cut columns."
@@ -269,10 +273,12 @@ def _from_fragments(w: FP4Array) -> FP4Array:
 
 
 def _codes_from_bytes(packed: UInt8[Array, "*rows half"]) -> Array:
-    codes = jax.lax.bitcast_convert_type(packed, jnp.float4_e2m1fn)
+    # The barrier keeps XLA from folding the bitcast of a constant, which jax 0.10's does wrongly. It moves no byte.
+    codes = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(packed), jnp.float4_e2m1fn)
     return codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def _bytes_from_codes(codes: Array) -> UInt8[Array, "*rows half"]:
     pairs = codes.reshape(*codes.shape[:-1], codes.shape[-1] // 2, 2)
-    return jax.lax.bitcast_convert_type(pairs, jnp.uint8)
+    # The barrier keeps jax 0.12's CPU back end from fusing the bitcast with a slice, as within scan: it cannot.
+    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(pairs), jnp.uint8)

@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -223,8 +224,10 @@ def _active(
             f"{where}: lengths must be integers [B] = {(batch,)}; got {lengths.dtype}{lengths.shape}. "
             "Give the number of real tokens of each row."
         )
-    if not isinstance(lengths, Tracer) and bool(jnp.any((lengths < 0) | (lengths > tokens))):
-        raise ValueError(f"{where}: lengths must lie in 0 .. T = {tokens}; got {lengths.tolist()}.")
+    if not isinstance(lengths, Tracer):
+        known = np.asarray(lengths)  # NumPy, since jnp would trace even constants within jit
+        if ((known < 0) | (known > tokens)).any():
+            raise ValueError(f"{where}: lengths must lie in 0 .. T = {tokens}; got {known.tolist()}.")
     return jnp.arange(tokens)[None] < lengths[:, None]
 
 
@@ -253,8 +256,8 @@ def _check_shapes(
 def _check_capacity(cache: Cache, active: Bool[Array, "B T"]) -> None:
     if isinstance(cache.length, Tracer) or isinstance(active, Tracer):
         return
-    after = cache.length + jnp.sum(active, axis=1, dtype=jnp.int32)
-    if bool(jnp.any(after > cache.capacity)):
+    after = np.asarray(cache.length) + np.asarray(active).sum(axis=1, dtype=np.int32)
+    if (after > cache.capacity).any():
         raise ValueError(
             f"mla: the cache must have room for the new tokens; lengths would become {after.tolist()} of a "
             f"capacity of {cache.capacity}. Make it longer (init_cache max_length) or drop finished sequences."

@@ -110,10 +110,15 @@ def _check(where: str, packed, scales, num_heads: int, qk_nope_head_dim: int, v_
             f"{where}: packed must be [H*(P+V), L/2] = [{rows}, L/2]; got {shape}. "
             "Check num_heads, qk_nope_head_dim and v_head_dim."
         )
-    groups = jnp.shape(scales)
-    if groups != (rows, 2 * shape[1] // MXFP4_GROUP) or 2 * shape[1] % MXFP4_GROUP:
+    columns, groups = 2 * shape[1], jnp.shape(scales)
+    if columns % MXFP4_GROUP:
         raise ValueError(
-            f"{where}: scales must be [H*(P+V), L/{MXFP4_GROUP}] = {(rows, 2 * shape[1] / MXFP4_GROUP)} beside "
-            f"packed {shape}; got {groups}. MXFP4 has one scale to {MXFP4_GROUP} elements."
+            f"{where}: packed must hold whole groups of {MXFP4_GROUP} columns, two to a byte; got {shape}. "
+            "Check that it is MXFP4."
+        )
+    if groups != (rows, columns // MXFP4_GROUP):
+        raise ValueError(
+            f"{where}: scales must be [H*(P+V), L/{MXFP4_GROUP}] = {(rows, columns // MXFP4_GROUP)} beside packed "
+            f"{shape}; got {groups}. MXFP4 has one scale to {MXFP4_GROUP} elements."
         )
     return FP4Array.from_packed(packed, scales, format="mxfp4")

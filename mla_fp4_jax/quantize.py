@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from mla_fp4_jax import formats
 from mla_fp4_jax.fp4_array import FP4Array
@@ -17,8 +17,8 @@ SCALE_RULES = ("even", "floor", "ceil", "rceil")
 # even at 1.75, where rounding to e2m1 would pass 6; ceil above 1; rceil above 1.5, the largest m of 6 = 1.5 * 4.
 _STEP_UP_FROM = {"even": 0x600000, "floor": 1 << 23, "ceil": 1, "rceil": 0x400001}
 _E2M1_EXPONENT_MAX = 2  # 6 = 1.5 * 2^2
-_NVFP4_LARGEST = formats.E4M3_MAX * formats.E2M1_MAX
 _F32_INF = 0x7F800000
+_NVFP4_TINY = 64 << 23  # the bits of 2^-63
 
 
 def quantize_mxfp4(w: Float[Array, "*rows C"], *, scale_rule: str = "even") -> FP4Array:
@@ -59,7 +59,8 @@ def quantize_mxfp4(w: Float[Array, "*rows C"], *, scale_rule: str = "even") -> F
 def quantize_nvfp4(w: Float[Array, "*rows C"]) -> FP4Array:
     """NVFP4 in groups of 16 along the last axis: an e4m3 scale each, one float32 scale for the array.
 
-        global_scale = max|w| / (448 * 6);  scale = e4m3(max|group| / 6 / global_scale), at least 2^-9
+        global_scale = max|w| / (448 * 6), at least 2^-126
+        scale = e4m3(max|group| / 6 / global_scale), at least 2^-9
 
     Args:
         w: bfloat16, float16 or float32.
@@ -71,17 +72,20 @@ def quantize_nvfp4(w: Float[Array, "*rows C"]) -> FP4Array:
         ValueError: NaN or infinite values. Under jit the whole array becomes NaN.
     """
     groups = _groups("quantize_nvfp4", w, NVFP4_GROUP)
-    wide = groups.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=-1)
-    # Behind a barrier XLA sees no constant divisor, which it would turn into a multiplication, one bit off.
-    six, most = jax.lax.optimization_barrier((jnp.float32(formats.E2M1_MAX), jnp.float32(_NVFP4_LARGEST)))
-    global_scale = jnp.max(largest, initial=0.0) / most
-    global_scale = jnp.where(global_scale == 0, 1.0, global_scale)
+    bits, largest = formats.f32_bits(groups), _largest_bits(groups)
+    most = jnp.max(largest, initial=0)
+    # An array of tiny values is worked on 2^64 times as large, lest 1 / scale overflow or subnormals be flushed.
+    tiny = most < _NVFP4_TINY
+    values, peaks = _f32(bits, tiny), _f32(largest, tiny)
+    unit = jnp.where(tiny, jnp.float32(2.0**-64), 1.0)
+    scale = _divide(_f32(most, tiny), formats.E4M3_MAX * formats.E2M1_MAX)
+    scale = jnp.maximum(scale, jnp.where(tiny, jnp.float32(2.0**-62), 0.0))
+    scale = jnp.where(most == 0, 1.0 / unit, jnp.where(most >= _F32_INF, jnp.nan, scale))
     smallest = 2.0**-9  # e4m3's least; a zero scale would lose the group
-    byte = formats.encode_e4m3(jnp.maximum(largest / six / global_scale, smallest))
-    reciprocal = (1.0 / global_scale) / formats.decode_e4m3(byte)
-    codes = formats.encode_e2m1(wide * reciprocal[..., None])
-    return FP4Array.from_codes(codes.reshape(w.shape), byte, global_scale=global_scale, format="nvfp4")
+    byte = formats.encode_e4m3(jnp.maximum(_divide(_divide(peaks, formats.E2M1_MAX), scale), smallest))
+    inverse = jax.lax.optimization_barrier(1.0 / scale)  # XLA would join the two divisions, one bit off
+    codes = formats.encode_e2m1(values * (inverse / formats.decode_e4m3(byte))[..., None])
+    return FP4Array.from_codes(codes.reshape(w.shape), byte, global_scale=scale * unit, format="nvfp4")
 
 
 def _groups(where: str, w: Float[Array, "*rows C"], group: int) -> Float[Array, "*rows groups G"]:
@@ -94,12 +98,32 @@ def _groups(where: str, w: Float[Array, "*rows C"], group: int) -> Float[Array, 
             f"Pad it to {-(-(w.shape[-1] if w.ndim else 1) // group) * group} columns."
         )
     if not isinstance(w, Tracer):
-        bad = int(jnp.size(w) - jnp.sum(jnp.isfinite(w)))
+        with jax.ensure_compile_time_eval():  # a constant within jit is as well known
+            bad = int(jnp.size(w) - jnp.sum(jnp.isfinite(w)))
         if bad:
             raise ValueError(
                 f"{where}: w must be finite; got {bad} NaN or infinite values. Repair the weights first."
             )
     return w.reshape(*w.shape[:-1], w.shape[-1] // group, group)
+
+
+def _divide(a: Float[Array, "*shape"], scalar: Float[Array, ""] | float) -> Float[Array, "*shape"]:
+    """a / scalar of a >= 0, correctly rounded.
+
+    XLA multiplies by the reciprocal of a divisor that it sees to be one scalar; so it is shown an array, one that
+    depends on a in order that vmap makes an array of it as well.
+    """
+    a = jax.lax.optimization_barrier(a)
+    return a / jax.lax.optimization_barrier(jnp.where(a < 0, a, scalar))
+
+
+def _f32(bits: Int32[Array, "*shape"], enlarge: Bool[Array, ""]) -> Float[Array, "*shape"]:
+    """Float32 of bits; where told, 2^64 times as large, subnormals included (of values below 2^64)."""
+    magnitude = bits & 0x7FFFFFFF
+    normal = jax.lax.bitcast_convert_type(magnitude + (64 << 23), jnp.float32)
+    larger = jnp.where(magnitude < 1 << 23, magnitude.astype(jnp.float32) * 2.0 ** (64 - 149), normal)
+    larger = jnp.where(bits < 0, -larger, larger)
+    return jnp.where(enlarge, larger, jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def _largest_bits(groups: Float[Array, "*rows groups G"]) -> Int32[Array, "*rows groups"]:

@@ -54,8 +54,9 @@ class _Kernel:
     def _hold_loads(self) -> None:
         """Have every load above under way before anything below.
 
-        To save registers ptxas would decode the first words before it asks for the last ones. The constants that decoding needs are therefore made to depend on the barrier itself:
-        it counts the threads for which a predicate holds, none, and nobody but us knows that.
+        To save registers ptxas would decode the first words before it asks for the last ones. The constants that
+        decoding needs are therefore made to depend on the barrier itself: it counts the threads for which a predicate
+        holds, none, and nobody but us knows that.
         """
         none = self.ptx.reg("none")
         self.ptx(

@@ -31,6 +31,28 @@ def e4m3(byte: np.ndarray) -> np.ndarray:
     return np.where(byte & 128, -value, value)
 
 
+def nearest(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Index of the value of an ascending grid 0 = grid[0] < ... nearest to |x|; ties to the even index.
+
+    Past the end the last one. In a grid of all magnitudes of a float format an even index is an even mantissa.
+    """
+    magnitude = np.abs(np.asarray(x, np.float64))
+    middles = (grid[:-1] + grid[1:]) / 2  # exact in float64 for grids of a few bits
+    index = np.searchsorted(middles, magnitude, side="left")
+    tie = (index < len(middles)) & (magnitude == np.append(middles, np.nan)[index])
+    return index + (tie & (index % 2 == 1))
+
+
+def encode_e2m1(x: np.ndarray) -> np.ndarray:
+    """The e2m1 code of finite x: to nearest even, saturating, sign kept."""
+    return (nearest(x, E2M1[:8]) + 8 * np.signbit(x)).astype(np.uint8)
+
+
+def encode_e4m3(x: np.ndarray) -> np.ndarray:
+    """The e4m3fn byte of x that is not NaN: to nearest even, saturating at 448, sign kept."""
+    return (nearest(x, e4m3(np.arange(127))) + 128 * np.signbit(x)).astype(np.uint8)
+
+
 def unpack(packed: np.ndarray) -> np.ndarray:
     """Codes of packed bytes, the low nibble first: [..., C/2] -> [..., C]."""
     out = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)

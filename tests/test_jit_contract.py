@@ -169,3 +169,23 @@ def test_export_of_a_decode_step_on_cpu(rng):
     blob = export.export(jax.jit(step))(x, *leaves).serialize()
     y = export.deserialize(blob).call(x, *leaves)[0]
     np.testing.assert_allclose(y, layer.decode(x, cache)[0], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_lengths_mask_and_cache_may_be_constants_of_a_compiled_function(rng, page_size):
+    layer = make_layer(small_config())
+    x = jnp.asarray(rng.standard_normal((2, 3, 96)), jnp.float32)
+    cache, lengths = layer.init_cache(2, 8, page_size=page_size), jnp.array([2, 3])
+    mask = jnp.arange(3)[None] < lengths[:, None]
+    expected = layer.prefill(x, cache, lengths=lengths)
+    for compiled in (
+        jax.jit(lambda x: layer.prefill(x, cache, lengths=lengths)),
+        jax.jit(lambda x: layer.prefill(x, cache, padding_mask=mask)),
+        jax.jit(lambda x: layer.decode(x, cache, lengths=lengths)),
+    ):
+        y, after = compiled(x)
+        np.testing.assert_allclose(y, expected[0], atol=5e-5, rtol=0)
+        np.testing.assert_array_equal(after.length, [2, 3])
+    for bad in (jnp.array([2, 4]), jnp.array([-1, 0])):
+        with pytest.raises(ValueError, match="0 .. T = 3"):
+            jax.jit(lambda x, bad=bad: layer.decode(x, cache, lengths=bad))(x)
