@@ -21,6 +21,7 @@ from flax import nnx
 from kernel_checks import Case
 
 from mla_fp4_jax import MLAAttention, MLAConfig, MLAWeights, quantize_mxfp4, quantize_nvfp4
+from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.implementations import INTERPRET, PREFERENCE, TRITON, XLA
 from mla_fp4_jax.quantize import SCALE_RULES
@@ -196,7 +197,7 @@ def cpu_layer(dtype, config: MLAConfig = CONFIG) -> MLAAttention:
 
 
 def moved(layer: MLAAttention, device, implementation: str | None) -> MLAAttention:
-    weights: MLAWeights = jax.device_put(layer.weights, device)
+    weights: MLAWeights = order_for_device(jax.device_put(layer.weights, device), layer.config, implementation)
     return MLAAttention(layer.config, weights=weights, dtype=layer.dtype, implementation=implementation)
 
 
