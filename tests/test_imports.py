@@ -35,7 +35,8 @@ DEPENDENCIES = {
     "pallas_kernels": {"jax", "jaxtyping", "numpy"},
     "mla_fp4_jax": {"flax", "jax", "jaxtyping", "ml_dtypes", "numpy", "pallas_kernels", "tqdm"},
 }
-OPTIONAL = {"matplotlib": "mla_fp4_jax/cli/plot.py"}  # the [plot] extra
+# Only there: the [plot] extra, and what changes with the JAX version.
+OPTIONAL = {"matplotlib": "mla_fp4_jax/cli/plot.py", "jaxlib": "pallas_kernels/backend.py"}
 
 
 def files(package: str) -> list[Path]:
