@@ -379,6 +379,23 @@ def test_heads_do_not_depend_on_each_other(rng, implementation):
     assert np.isnan(out[:, 2:4]).all()
 
 
+@each
+@pytest.mark.parametrize("contract", ["rows", "columns"])
+def test_any_number_of_heads_per_device(rng, contract, implementation):
+    """H heads are the first H of 128, whatever H: counts that some device or other holds."""
+    case = Case(contract, 2, 128, 8, 32)
+    x, w, expected, _ = operands(rng, case)
+    for heads in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 32, 64, 128):
+        out = compiled(
+            x[:, :heads],
+            w[:heads],
+            contract,
+            preferred_element_type=jnp.float32,
+            implementation=implementation,
+        )
+        np.testing.assert_array_equal(out, expected[:, :heads])
+
+
 # Sizes of zero.
 
 
