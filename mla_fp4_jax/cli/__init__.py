@@ -10,6 +10,7 @@ from pathlib import Path
 from mla_fp4_jax.cli.demo import run_demo
 from mla_fp4_jax.cli.info import run_info
 from mla_fp4_jax.cli.text import CliError
+from mla_fp4_jax.ops.implementations import NAMES
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -74,7 +75,7 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_at_least(1), metavar="N", help="tokens to decode (default 64)")
     demo.add_argument("--page-size", type=int, choices=(1, 16, 64, 128), help="page the cache")
     demo.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default bfloat16)")
-    demo.add_argument("--implementation", metavar="NAME", help="of the FP4 products; see mla-fp4 info")
+    demo.add_argument("--implementation", choices=NAMES, help="of the FP4 products; see mla-fp4 info")
     demo.add_argument("--plot", type=Path, metavar="FILE.png", help="draw error and memory")
 
     info = commands.add_parser("info", help="versions, devices, and which implementations can run and why")

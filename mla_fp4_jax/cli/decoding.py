@@ -76,6 +76,10 @@ def run_layer(layer: MLAAttention, x: np.ndarray, prompt: int, page_size: int | 
 
 def _compile(function, layer: MLAAttention, x: jax.Array, cache):
     """Ahead of time, so that no step is slower than the others and nothing can be traced again."""
+
+    def anew(layer, x, cache):  # not known to jit, whatever this process has compiled before
+        return function(layer, x, cache)
+
     start = time.perf_counter()
-    compiled = jax.jit(function, donate_argnames=("cache",)).lower(layer, x, cache).compile()
+    compiled = jax.jit(anew, donate_argnames=("cache",)).lower(layer, x, cache).compile()
     return compiled, time.perf_counter() - start

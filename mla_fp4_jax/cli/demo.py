@@ -12,7 +12,7 @@ import numpy as np
 from mla_fp4_jax.checkpoint.load import load_planned
 from mla_fp4_jax.cli import accuracy, memory
 from mla_fp4_jax.cli.decoding import Run, run_layer
-from mla_fp4_jax.cli.info import chosen_implementation
+from mla_fp4_jax.cli.info import check_implementation, recorded_choices
 from mla_fp4_jax.cli.plot import check_plot, draw_plot
 from mla_fp4_jax.cli.source import Source, find_source
 from mla_fp4_jax.cli.text import bar, human_bytes, human_seconds, percent, table
@@ -26,7 +26,7 @@ def run_demo(args: argparse.Namespace) -> None:
     """Run the demo; see the command's help for its arguments."""
     if args.plot is not None:
         check_plot(args.plot)  # before minutes of work, not after
-    implementation, why = chosen_implementation(args.implementation)
+    check_implementation(args.implementation)
     source = find_source(args)
     start = time.perf_counter()
     layer = load_planned(source.plan, DTYPES[args.dtype], args.implementation)
@@ -35,9 +35,12 @@ def run_demo(args: argparse.Namespace) -> None:
     _print_memory(held)
 
     x = np.asarray(jnp.asarray(source.x, layer.dtype), np.float32)
-    _print_device(f"FP4 products by {implementation}{why}, {args.dtype}")
-    run = run_layer(layer, x, source.prompt, args.page_size)
+    _print_device(args)
+    with recorded_choices() as choices:
+        run = run_layer(layer, x, source.prompt, args.page_size)
     _print_run(run)
+    for choice in choices:
+        print(f"  FP4 products by {choice}")
 
     found = None
     reason = accuracy.why_not(layer, x.shape[1])
@@ -77,10 +80,11 @@ def _print_memory(held: dict[str, int]) -> None:
     print(table([(name, human_bytes(n), bar(n / largest)) for name, n in held.items()], right=(1,)))
 
 
-def _print_device(rest: str) -> None:
+def _print_device(args: argparse.Namespace) -> None:
     device = jax.devices()[0]
     kind = device.device_kind
-    print(f"\nOn {kind if kind == device.platform else f'{kind} ({device.platform})'}, {rest}")
+    cache = "contiguous cache" if args.page_size is None else f"cache in pages of {args.page_size}"
+    print(f"\nOn {kind if kind == device.platform else f'{kind} ({device.platform})'}, in {args.dtype}, {cache}")
 
 
 def _print_run(run: Run) -> None:

@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import logging
 import platform
+from collections.abc import Iterator
 
 import jax
 
+import mla_fp4_jax
 from mla_fp4_jax.cli.text import table
 from mla_fp4_jax.ops import implementations
 
-DISTRIBUTIONS = ("mla-fp4-jax", "jax", "jaxlib", "jax-cuda13-plugin", "flax", "ml_dtypes", "numpy")
+DISTRIBUTIONS = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "ml_dtypes", "numpy")
 
 
 def run_info(args: argparse.Namespace) -> None:
     """Print it."""
     del args
     print("Versions")
-    rows = [("python", platform.python_version())]
+    rows = [("mla_fp4_jax", mla_fp4_jax.__version__), ("python", platform.python_version())]
     rows += [(name, version) for name in DISTRIBUTIONS if (version := _version(name))]
     print(table(rows))
     print("\nDevices")
     print(table(_devices()))
     print("\nImplementations of the FP4 products, in order of preference")
     rows = [
-        (name, "can run" if why is None else f"cannot: {why}") for name, why in implementations.available().items()
+        (name, "can run" if why is None else f"cannot: {why.rstrip('.')}")
+        for name, why in implementations.available().items()
     ]
     print(table(rows))
 
 
-def chosen_implementation(asked: str | None) -> tuple[str, str]:
-    """The implementation that a layer will use, and why in parentheses, for a report.
+def check_implementation(asked: str | None) -> None:
+    """Raise NotImplementedError if the implementation asked for cannot run here."""
+    reason = None if asked is None else implementations.why_not(asked)
+    if reason is not None:
+        raise NotImplementedError(f"--implementation {asked} cannot run here: {reason}")
 
-    Raises:
-        NotImplementedError: the one asked for cannot run here.
-    """
-    reasons = implementations.available()
-    if asked is not None:
-        if reasons.get(asked) is not None:
-            raise NotImplementedError(f"--implementation {asked} cannot run here: {reasons[asked]}")
-        return asked, " (asked for)"
-    name = next(name for name, why in reasons.items() if why is None)
-    skipped = [f"{other}: {why}" for other, why in reasons.items() if why is not None]
-    return name, f" ({'; '.join(skipped)})" if skipped else ""
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[str]]:
+    """What the FP4 products choose meanwhile, one line for each implementation and reason."""
+    found: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name == implementations.logger.name and record.getMessage().startswith("fp4_bmm: "):
+                found.append(record.getMessage().removeprefix("fp4_bmm: "))
+
+    handler, level = Handler(), implementations.logger.level
+    implementations.log_choice.cache_clear()  # it speaks once per process
+    implementations.logger.addHandler(handler)
+    implementations.logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        implementations.logger.removeHandler(handler)
+        implementations.logger.setLevel(level)
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,149 @@
+"""Compiled for an H100 without one: no spills, shared memory fits, no dequantised weight, packed bytes stay put."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import sm90
+from flax import nnx
+from kernel_checks import Case, run
+
+from mla_fp4_jax import FP4Array, MLAAttention, MLAConfig, one_pack
+from mla_fp4_jax.ops.implementations import PREFERENCE, TRITON, XLA
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(sm90.why_not() is not None, reason=f"compiles for an H100: {sm90.why_not()}"),
+]
+KERNELS = tuple(name for name in PREFERENCE if name != XLA)
+PACKED = ("u8", "f4e2m1fn")
+BATCHES = (1, 8, 16, 17, 32, 64, 128, 512)
+shape = jax.ShapeDtypeStruct
+
+
+def abstract_pack(case: Case, implementation: str) -> FP4Array:
+    rows = (case.H, case.P + case.V)
+    w = FP4Array(shape((*rows, case.L), jnp.float4_e2m1fn), shape((*rows, case.L // 32), jnp.uint8))
+    if implementation != "mosaic_gpu":
+        return w
+    from pallas_kernels.fragments import FragmentOrder
+
+    return dataclasses.replace(w, order=FragmentOrder(case.P))
+
+
+def compile_bmm(implementation: str, case: Case, contract: str) -> sm90.Program:
+    x = shape((case.B, case.H, case.P + 64 if contract == "rows" else case.L), jnp.dtype(case.dtype))
+    product = functools.partial(run, implementation, case, contract)
+    return sm90.compile_for_h100(product, x, abstract_pack(case, implementation))
+
+
+def check_kernels(program: sm90.Program) -> None:
+    assert program.kernels
+    for kernel in program.kernels:
+        assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
+    for name, dynamic in program.dynamic_shared_bytes.items():
+        static = max((kernel.static_shared_bytes for kernel in program.kernels if kernel.name == name), default=0)
+        assert static + dynamic <= sm90.SHARED_MEMORY_LIMIT, (name, dynamic)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("contract", ["rows", "columns"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_deepseek_v3(implementation, contract, batch):
+    program = compile_bmm(implementation, Case(batch, 128, 128, 128, 512), contract)
+    check_kernels(program)
+    assert len(program.kernels) == 1 and program.dynamic_shared_bytes
+    assert program.temp_bytes == 0 and program.moves_of(*PACKED) == [] and program.moves_of("bf16") == []
+
+
+@pytest.mark.parametrize("contract", ["rows", "columns"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(7, 64, 192, 256, 512),
+        Case(65, 5, 192, 256, 256),
+        Case(16, 16, 64, 64, 128, "float16"),
+        Case(3, 8, 128, 128, 512, "float32"),
+        Case(129, 8, 128, 128, 512, "float32"),
+        Case(17, 3, 40, 24, 96),
+    ],
+    ids=str,
+)
+def test_other_sizes_and_dtypes(case, contract):
+    program = compile_bmm(TRITON, case, contract)
+    check_kernels(program)
+    assert program.temp_bytes == 0 and program.moves_of(*PACKED) == []
+
+
+@pytest.mark.parametrize("page_size", [None, 64])
+def test_a_decode_step_keeps_its_weights_packed(page_size):
+    config = MLAConfig(
+        hidden_size=512,
+        num_attention_heads=16,
+        q_lora_rank=256,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+
+    def build(implementation: str) -> MLAAttention:
+        return MLAAttention(
+            config, linear_formats={"o_proj": "mxfp4"}, implementation=implementation, rngs=nnx.Rngs(0)
+        )
+
+    def compile_step(implementation: str) -> sm90.Program:
+        layer = nnx.eval_shape(functools.partial(build, implementation))
+        cache = jax.eval_shape(lambda: layer.init_cache(2, 128, page_size=page_size))
+        x = shape((2, 1, config.hidden_size), jnp.bfloat16)
+        return sm90.compile_for_h100(MLAAttention.decode, layer, x, cache, donate_argnums=(2,))
+
+    program = compile_step(TRITON)
+    names = {kernel.name for kernel in program.kernels}
+    assert {"fp4_bmm_rows", "fp4_bmm_columns"} <= names
+    for kernel in program.kernels:
+        assert kernel.spill_bytes == 0, kernel
+    dequantised = 2 * config.num_attention_heads * (128 + 128) * config.kv_lora_rank
+    assert program.temp_bytes < dequantised // 4 and program.moves_of(*PACKED) == []
+    # The same question of XLA's own products has the other answer, so it is one that can be answered.
+    assert compile_step(XLA).temp_bytes > dequantised // 4
+    # The cache is updated in place.
+    cache_bytes = 2 * 2 * 128 * config.cache_dim
+    assert program.compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+
+
+def test_the_one_pack_view_moves_nothing():
+    """From the checkpoint's own arrays to the kernels, without a byte in between."""
+
+    def products(x, packed, scales):
+        w = one_pack(packed, scales, num_heads=128, qk_nope_head_dim=128, v_head_dim=128)
+        case = Case(4, 128, 128, 128, 512)
+        return run(TRITON, case, "columns", run(TRITON, case, "rows", x, w), w)
+
+    operands = shape((128 * 256, 256), jnp.uint8), shape((128 * 256, 16), jnp.uint8)
+    program = sm90.compile_for_h100(products, shape((4, 128, 192), jnp.bfloat16), *operands)
+    between = 4 * 128 * 512 * 2  # the first product's result
+    assert program.temp_bytes == between and program.moves_of(*PACKED) == []
+
+
+def test_a_move_is_seen():
+    program = sm90.compile_for_h100(
+        lambda codes: codes.swapaxes(0, 1) + jnp.uint8(1), shape((64, 96, 128), jnp.uint8)
+    )
+    copied = sm90.compile_for_h100(lambda codes: codes.T, shape((64, 96), jnp.uint8))
+    assert program.moves_of("u8") or copied.moves_of("u8")
+
+
+def test_spills_are_seen():
+    """A tile far too large for the registers spills, and says so."""
+    from mla_fp4_jax import fp4_bmm
+    from pallas_kernels.fp4_bmm_triton import Config
+
+    case = Case(128, 2, 128, 128, 512, "float32")
+    call = functools.partial(fp4_bmm, contract="columns", implementation=TRITON, config=Config(32, 64, 64, 1, 1))
+    program = sm90.compile_for_h100(call, shape((128, 2, 512), jnp.float32), abstract_pack(case, TRITON))
+    assert any(kernel.spill_bytes > 0 for kernel in program.kernels)
