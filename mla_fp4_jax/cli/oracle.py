@@ -88,14 +88,16 @@ class Float64Layer:
         q = q.reshape(len(x), c.num_attention_heads, -1)
         angles = _angles(c.rope, c.qk_rope_head_dim, positions)[:, None]
         rotated = self._rotate(q[..., c.qk_nope_head_dim :], angles)
-        return np.concatenate([q[..., : c.qk_nope_head_dim], rotated], axis=-1)
+        turns = np.floor(positions / c.rope.original_max_position_embeddings)
+        warmth = c.q_scale * (1.0 + (c.rope.llama_4_scaling_beta or 0.0) * np.log(1.0 + turns))
+        return np.concatenate([q[..., : c.qk_nope_head_dim], rotated], axis=-1) * warmth[:, None, None]
 
     def entries(self, x: Float64[np.ndarray, "S E"]) -> tuple[Float64[np.ndarray, "S L"], Float64[np.ndarray, "S R"]]:
         """What a cache would hold of tokens 0 .. S-1: normed latents and rotated rope keys."""
         c = self.config
         kv = self.linear(x, "kv_a_proj_with_mqa") + self.bias("kv_a_proj_bias")
         angles = _angles(c.rope, c.qk_rope_head_dim, np.arange(len(x)))
-        latent = self.norm(kv[:, : c.kv_lora_rank], "kv_a_layernorm")
+        latent = self.norm(kv[:, : c.kv_lora_rank], "kv_a_layernorm") * c.latent_scale
         return latent, self._rotate(kv[:, c.kv_lora_rank :], angles)
 
     def naive(
@@ -168,8 +170,8 @@ def _yarn_m(factor: float, mscale: float) -> float:
 def _cos_sin_scale(rope: RopeConfig) -> float:
     if rope.rope_type == "default":
         return 1.0
-    if rope.attention_factor is not None:
-        return rope.attention_factor
+    if rope.attention_factor is not None or rope.rope_type == "longrope":
+        return 1.0 if rope.attention_factor is None else rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
         return _yarn_m(rope.factor, rope.mscale) / _yarn_m(rope.factor, rope.mscale_all_dim)
     return _yarn_m(rope.factor, 1.0)
