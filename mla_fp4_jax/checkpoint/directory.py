@@ -29,6 +29,7 @@ class Checkpoint:
     Attributes:
         root: the directory.
         config_path: its config.json.
+        index_name: of the index that lists the shards; None where one file holds all.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -50,6 +51,7 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{given}: cannot be read ({error.strerror}).") from error
         self._files: dict[str, SafetensorsFile] = {}
+        self.index_name = main.name if main.name.endswith(INDEX_SUFFIX) else None
         if main.name.endswith(INDEX_SUFFIX):
             self._file_names = _read_index(contained(self.root, main.name))
         elif main.name.endswith(".safetensors"):

@@ -15,7 +15,7 @@ from mla_fp4_jax.checkpoint.dense import READER as DENSE
 from mla_fp4_jax.checkpoint.directory import Checkpoint
 from mla_fp4_jax.checkpoint.names import BIASES, LayerNames, is_activation_scale, module_and_suffix, tensors_of
 from mla_fp4_jax.checkpoint.placement import CodeBuffers, Placement
-from mla_fp4_jax.checkpoint.quantization import QuantizationConfig, read_quantization
+from mla_fp4_jax.checkpoint.quantization import NOTHING, QuantizationConfig, read_quantization
 from mla_fp4_jax.checkpoint.readers import find_reader
 from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight
 from mla_fp4_jax.config import MLAConfig
@@ -151,7 +151,7 @@ class OpenCheckpoint:
             shape,
             {s: self.checkpoint.entry(name) for s, name in tensors.items()},
             self.checkpoint,
-            self.quantization.declared(spelled),
+            self.quantization.declared(spelled) if len(shape) == 2 else NOTHING,
             self.gguf_nibbles,
         )
 

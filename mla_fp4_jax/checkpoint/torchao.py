@@ -93,10 +93,16 @@ def unswizzle(scales: np.ndarray, rows: int, groups: int) -> np.ndarray:
     return tiles.reshape(128 * row_tiles, 4 * column_tiles)[:rows, :groups]
 
 
-def _plain_scales(stored: StoredWeight, group: int) -> np.ndarray:
+def scale_bytes(stored: StoredWeight, group: int) -> np.ndarray:
+    """The scales' bytes in plain order [rows, groups]."""
     scales = stored.read(SCALES).view(np.uint8)
-    if _is_swizzled(stored, group):
-        scales = np.ascontiguousarray(unswizzle(scales, stored.shape[0], stored.shape[1] // group))
+    if not _is_swizzled(stored, group):
+        return scales
+    return np.ascontiguousarray(unswizzle(scales, stored.shape[0], stored.shape[1] // group))
+
+
+def _plain_scales(stored: StoredWeight, group: int) -> np.ndarray:
+    scales = scale_bytes(stored, group)
     return check_e8m0(stored, SCALES, scales) if group == 32 else check_e4m3(stored, SCALES, scales)
 
 

@@ -51,6 +51,15 @@ class Float64Layer:
             elif value is not None:
                 self._weights[field] = np.asarray(value)
 
+    def has(self, field: str) -> bool:
+        """Whether the layer has this weight."""
+        return field in self._weights
+
+    def length(self, field: str) -> int:
+        """Of a weight's first axis."""
+        value = self._weights[field]
+        return len(value[0] if isinstance(value, tuple) else value)
+
     def rows(self, field: str, part: slice | int) -> np.ndarray:
         """Some of a weight's first axis, in float64."""
         value = self._weights[field]
@@ -60,15 +69,14 @@ class Float64Layer:
 
     def linear(self, x: Float64[np.ndarray, "T C"], field: str) -> Float64[np.ndarray, "T N"]:
         """x @ W.T."""
-        value = self._weights[field]
-        total = len(value[0] if isinstance(value, tuple) else value)
         step = max(1, _ELEMENTS_AT_ONCE // x.shape[1])
-        parts = [x @ self.rows(field, slice(start, start + step)).T for start in range(0, total, step)]
+        starts = range(0, self.length(field), step)
+        parts = [x @ self.rows(field, slice(start, start + step)).T for start in starts]
         return np.concatenate(parts, axis=1)
 
     def bias(self, field: str) -> np.ndarray | float:
         """A bias, or 0 where there is none."""
-        return self.rows(field, slice(None)) if field in self._weights else 0.0
+        return self.rows(field, slice(None)) if self.has(field) else 0.0
 
     def norm(self, x: Float64[np.ndarray, "T D"], field: str) -> Float64[np.ndarray, "T D"]:
         """RMS norm."""
@@ -186,7 +194,8 @@ def _angles(rope: RopeConfig, dim: int, positions: np.ndarray) -> np.ndarray:
         if rope.rope_type == "yarn":
             low, high = _ramp(rope, dim)
             kept = 1.0 - min(max((j - low) / (high - low), 0.0), 1.0)
-        frequencies.append(plain * kept + plain / rope.factor * (1.0 - kept))
+        divisor = 1.0 if rope.frequency_divisors is None else rope.frequency_divisors[j]
+        frequencies.append((plain * kept + plain / rope.factor * (1.0 - kept)) / divisor)
     return positions[:, None] * np.array(frequencies, np.float32).astype(np.float64)
 
 
