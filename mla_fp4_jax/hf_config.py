@@ -179,11 +179,11 @@ def _rope(values: Mapping[str, Any]) -> RopeConfig:
         theta = 10000000.0 if values.get("model_type") == "longcat_flash" else 10000.0
     original = settings.get("original_max_position_embeddings") or values.get("max_position_embeddings")
     beta = settings.get("llama_4_scaling_beta")
-    if beta is not None and original is None:
-        raise CheckpointError("llama_4_scaling_beta needs original_max_position_embeddings.")
     if rope_type == "default":
         if beta is None:
             return RopeConfig(theta=theta)
+        if original is None:
+            raise CheckpointError("llama_4_scaling_beta needs original_max_position_embeddings.")
         return RopeConfig(theta=theta, llama_4_scaling_beta=beta, original_max_position_embeddings=original)
     if rope_type == "longrope":
         return _longrope(values, settings, theta)
@@ -210,10 +210,10 @@ def _rope(values: Mapping[str, Any]) -> RopeConfig:
 def _longrope(values: Mapping[str, Any], settings: Mapping[str, Any], theta: Any) -> RopeConfig:
     """LongRoPE where one list of factors serves every length: MiniCPM3 extends nothing."""
     short, long = settings.get("short_factor"), settings.get("long_factor")
-    longest = values.get("max_position_embeddings")
-    original = settings.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
+    longest: Any = values.get("max_position_embeddings")
+    original: Any = settings.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
     original = longest if original is None else original
-    sizes = all(type(size) is int and size > 1 for size in (longest, original))
+    sizes = isinstance(longest, int) and isinstance(original, int) and min(longest, original) > 1
     if not isinstance(short, list) or not isinstance(long, list) or not sizes:
         raise CheckpointError("longrope must have short_factor, long_factor and max_position_embeddings.")
     if longest > original and short != long:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -487,3 +488,18 @@ def test_shards_may_split_a_weight(tmp_path, rng, producer):
     tensors, config, metadata, expected = made(rng, producer)
     root = write_shards(tmp_path, tensors, config=config, metadata=metadata)
     assert np.array_equal(values(load_mla_layer(root, 0, dtype=jnp.float32).weights.kv_b_proj), expected)
+
+
+@pytest.mark.parametrize("divisor", [238.0, 237.61299, 3.0e-30, 7.0e30])
+def test_a_divisor_is_divided_by_whatever_compiles_it(rng, divisor):
+    packed = rng.integers(0, 256, (8, 32), np.uint8)
+    scales = rng.integers(8, 0x7F, (8, 4), np.uint8)
+    one = np.float32(divisor)
+    w = FP4Array.from_packed(packed, scales, np.float32(1) / one, format="nvfp4")
+    w = dataclasses.replace(w, global_divisor=jnp.asarray(one))
+    expected = oracle.E2M1[oracle.unpack(packed)].astype(np.float32) * np.repeat(
+        oracle.e4m3(scales).astype(np.float32) / one, 16, -1
+    )
+    closed = jax.jit(lambda: w.dequantize())()  # a constant of the program
+    for found in (w.dequantize(), jax.jit(FP4Array.dequantize)(w), closed):
+        assert np.array_equal(np.asarray(found), expected)

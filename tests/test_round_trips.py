@@ -3,7 +3,8 @@
 Skipped without the packages, which are not among the project's. To run it:
 
     python -m venv /tmp/producers
-    /tmp/producers/bin/pip install torch==2.13.0 transformers compressed-tensors amd-quark safetensors accelerate pytest
+    /tmp/producers/bin/pip install torch==2.13.0
+    /tmp/producers/bin/pip install transformers compressed-tensors amd-quark safetensors accelerate pytest
     /tmp/producers/bin/pip install -e .
     /tmp/producers/bin/python -m pytest -W ignore tests/test_round_trips.py
 
@@ -30,7 +31,11 @@ MODULES = ("kv_b_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 PREFIX = "model.layers.0.self_attn."
 
 # In a process of its own, so that these packages and JAX do not share one.
-CONVERT = "import sys; from mla_fp4_jax.checkpoint.convert import convert_checkpoint as c; c(*sys.argv[1:3], linears=sys.argv[3], config=sys.argv[4])"
+CONVERT = """
+import sys
+from mla_fp4_jax.checkpoint.convert import convert_checkpoint
+convert_checkpoint(*sys.argv[1:3], linears=sys.argv[3], config=sys.argv[4])
+"""
 
 
 def converted(root: Path, linears: str, method: str) -> Path:

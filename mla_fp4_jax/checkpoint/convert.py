@@ -79,9 +79,8 @@ def plan_conversion(
     plans = tuple(plan_layer(opened, layer) for layer in opened.names.layers)
     if not plans:
         raise CheckpointError(f"{opened.checkpoint.root}: has no attention layer to convert.")
-    if config is None:
-        found = find_quantization_config(opened.checkpoint.config) or {}
-        config = found["quant_method"] if found.get("quant_method") in out.METHODS else out.QUARK
+    found = find_quantization_config(opened.checkpoint.config) or {}
+    inherited = found["quant_method"] if found.get("quant_method") in out.METHODS else out.QUARK
     jobs, kept = {}, {}
     for plan in plans:
         for planned in plan.weights:
@@ -93,7 +92,7 @@ def plan_conversion(
                 jobs[planned.stored.name] = planned
             else:
                 kept[planned.stored.name] = why
-    return Conversion(opened, plans, config, scale_rule, jobs, kept)
+    return Conversion(opened, plans, config or inherited, scale_rule, jobs, kept)
 
 
 def _why_kept(planned: PlannedWeight) -> str | None:

@@ -190,7 +190,8 @@ class _Compiler:
                 tests.append(self._escape())
             elif self._peek() == "-" and self._text[self._at + 1 : self._at + 2] not in ("", "]"):
                 self._at += 1
-                tests.append(lambda x, a=c, b=self._next(): a <= x <= b)
+                last = self._next()
+                tests.append(lambda x, a=c, b=last: a <= x <= b)
             else:
                 tests.append(lambda x, c=c: x == c)
         return lambda x: any(test(x) for test in tests) != negated

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,15 @@ class CodeBuffers:
     def __init__(self) -> None:
         self._empty: dict[tuple, jax.Array] = {}
 
-    def make(self, packed: np.ndarray, device: jax.Device) -> jax.Array:
-        """Codes [..., C] on a device from uint8 [..., C/2], which is copied."""
+    def make(self, packed: np.ndarray, device: Any) -> jax.Array:
+        """Codes [..., C] on a jax.Device from uint8 [..., C/2], which is copied."""
         if device.platform == "cpu":
             if packed.size and _cpu_memory_is_packed(device):
                 return self._filled(packed, device)
             packed = np.array(packed)  # device_put may make an array of the mapped file itself
         return _view_as_codes(jax.device_put(packed, device))
 
-    def _filled(self, packed: np.ndarray, device: jax.Device) -> jax.Array:
+    def _filled(self, packed: np.ndarray, device: Any) -> jax.Array:
         shape = (*packed.shape[:-1], 2 * packed.shape[-1])
         key = (shape, device)
         if key not in self._empty:
@@ -57,7 +58,7 @@ def _fill(fresh: jax.Array, template: jax.Array, packed: np.ndarray) -> jax.Arra
 
 
 @functools.cache
-def _cpu_memory_is_packed(device: jax.Device) -> bool:
+def _cpu_memory_is_packed(device: Any) -> bool:
     packed = np.arange(256, dtype=np.uint8).reshape(4, 64)
     try:
         template = jnp.zeros((4, 128), FLOAT4, device=device)
@@ -178,6 +179,6 @@ class Placement:
             )
 
 
-def default_device() -> jax.Device:
+def default_device() -> Any:
     """Where JAX puts new arrays now, jax.default_device considered."""
     return next(iter(jnp.zeros((), jnp.uint8).devices()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Sharding
@@ -21,7 +22,7 @@ from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.errors import CheckpointError
 from mla_fp4_jax.hf_config import HFModel, read_hf_config
-from mla_fp4_jax.weights import MLAWeights, Weight, weight_shapes
+from mla_fp4_jax.weights import MLAWeights, weight_shapes
 
 MOST_NAMES_SHOWN = 12
 NIBBLE_ORDERS = ("linear", "gguf")
@@ -105,7 +106,7 @@ class LayerPlan:
             ValueError: a sharding that does not fit.
         """
         buffers = CodeBuffers() if buffers is None else buffers
-        values: dict[str, Weight] = {}
+        values: dict[str, Any] = {}
         for planned in self.weights:
             placement = Placement(planned.shape, sharding(planned.field, planned.shape), buffers)
             values[planned.field] = planned.reader.read(planned.stored, dtype, placement)

@@ -130,7 +130,7 @@ def _quark_weight(part: Mapping[str, Any]) -> Declared:
         return Declared("fp8", block=(1, 32))
     if dtype in ("fp8_e4m3", "fp8_e5m2"):
         return Declared("fp8", block=_block(first.get("block_size")))
-    return Declared(f"Quark's {dtype}")
+    return Declared(f"Quark's {quoted(dtype)}")
 
 
 def _compressed_tensors(method: str | None, found: Mapping[str, Any]) -> QuantizationConfig:

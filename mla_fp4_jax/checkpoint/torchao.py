@@ -11,6 +11,7 @@ header (JSON under the weight's name) must agree. The scales are put in plain or
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -123,9 +124,15 @@ def _rows(stored: StoredWeight, part: slice, *, group: int) -> np.ndarray:
     return decode_nvfp4(packed, values * stored.read_scalar(GLOBAL) if GLOBAL in stored.tensors else values)
 
 
-def _reader(name: str, recognises, group: int) -> Reader:
-    fixed = [functools.partial(function, group=group) for function in (_check, _read, _rows)]
-    return Reader(name, name.lower(), recognises, *fixed)
+def _reader(name: str, recognises: Callable[[StoredWeight], bool], group: int) -> Reader:
+    return Reader(
+        name,
+        name.lower(),
+        recognises,
+        functools.partial(_check, group=group),
+        functools.partial(_read, group=group),
+        functools.partial(_rows, group=group),
+    )
 
 
 READERS = (_reader("MXFP4", _recognises_mx, 32), _reader("NVFP4", _recognises_nv, 16))

@@ -35,7 +35,7 @@ class Streamed:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[memoryview | bytes | np.ndarray]]
+    chunks: Callable[[], Iterable[bytes | np.ndarray]]
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +70,7 @@ def write_streamed(
     with atomic_file(path) as file:
         file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
         for tensor in order:
-            written = sum(file.write(memoryview(chunk).cast("B")) for chunk in tensor.chunks())
+            written = sum(file.write(_bytes(chunk)) for chunk in tensor.chunks())
             if written != tensor.nbytes:
                 raise ValueError(f"write_streamed: {tensor.name} must have {tensor.nbytes} bytes; got {written}.")
 
@@ -124,6 +124,10 @@ def _header(order: Sequence[Streamed], metadata: Mapping[str, str] | None) -> by
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % HEADER_ALIGNMENT)
+
+
+def _bytes(chunk: bytes | np.ndarray) -> bytes | memoryview:
+    return chunk if isinstance(chunk, bytes) else np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
 
 
 def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:

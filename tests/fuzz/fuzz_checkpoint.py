@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of everything that reads a checkpoint: whatever the bytes, a result or a CheckpointError.
 
     pip install atheris          (3.0 on Python 3.11)
-    python tests/fuzz/fuzz_checkpoint.py tests/fuzz/corpus -max_total_time=600 -max_len=4096 -rss_limit_mb=2048 -timeout=10
+    python tests/fuzz/fuzz_checkpoint.py tests/fuzz/corpus -max_total_time=600 -max_len=4096 -timeout=20
 
 An input's first byte chooses what the rest stands for (TARGETS); test_fuzz_corpus.py replays the corpus without
 atheris. New inputs that libFuzzer adds to the corpus are worth keeping while they are small.
@@ -9,6 +9,7 @@ atheris. New inputs that libFuzzer adds to the corpus are worth keeping while th
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -24,16 +25,21 @@ except ImportError:
     atheris = None
 
 
-def _import():
-    from mla_fp4_jax import CheckpointError, MLAConfig
-    from mla_fp4_jax.checkpoint import SafetensorsFile
-    from mla_fp4_jax.checkpoint.inspection import inspect_checkpoint
-    from mla_fp4_jax.checkpoint.patterns import Patterns
-    from mla_fp4_jax.checkpoint.plan import open_checkpoint, plan_layer
-    from mla_fp4_jax.checkpoint.quantization import read_quantization
-    from mla_fp4_jax.checkpoint.strict_json import parse_object
+PARTS = {
+    "mla_fp4_jax": ("CheckpointError", "MLAConfig"),
+    "mla_fp4_jax.checkpoint": ("SafetensorsFile",),
+    "mla_fp4_jax.checkpoint.inspection": ("inspect_checkpoint",),
+    "mla_fp4_jax.checkpoint.patterns": ("Patterns",),
+    "mla_fp4_jax.checkpoint.plan": ("open_checkpoint", "plan_layer"),
+    "mla_fp4_jax.checkpoint.quantization": ("read_quantization",),
+    "mla_fp4_jax.checkpoint.strict_json": ("parse_object",),
+}
 
-    return locals()
+
+def _import():
+    """The library, imported where atheris can instrument it."""
+    modules = {module: importlib.import_module(module) for module in PARTS}
+    return {name: getattr(modules[module], name) for module, names in PARTS.items() for name in names}
 
 
 if atheris is not None and __name__ == "__main__":
