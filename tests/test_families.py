@@ -13,7 +13,7 @@ from checkpoints import DATA, write_checkpoint
 from mla_fp4_jax import CheckpointError, MLAConfig, load_mla_layer
 from mla_fp4_jax.checkpoint import plan_mla_layer
 from mla_fp4_jax.config import RopeConfig
-from mla_fp4_jax.hf_config import REFUSED, read_hf_config
+from mla_fp4_jax.config.hugging_face import REFUSED, read_hf_config
 
 FAMILIES = json.loads((DATA / "families.json").read_text())
 ATOL = 5e-5  # design.md, "Numerics contract"

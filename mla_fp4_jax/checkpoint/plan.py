@@ -20,8 +20,8 @@ from mla_fp4_jax.checkpoint.quantization import NOTHING, QuantizationConfig, rea
 from mla_fp4_jax.checkpoint.readers import find_reader
 from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight
 from mla_fp4_jax.config import MLAConfig
+from mla_fp4_jax.config.hugging_face import HFModel, read_hf_config
 from mla_fp4_jax.errors import CheckpointError
-from mla_fp4_jax.hf_config import HFModel, read_hf_config
 from mla_fp4_jax.weights import MLAWeights, weight_shapes
 
 MOST_NAMES_SHOWN = 12

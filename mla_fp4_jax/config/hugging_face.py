@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mla_fp4_jax.config import MLAConfig, RopeConfig
+from mla_fp4_jax.config.layer import MLAConfig, RopeConfig
 from mla_fp4_jax.errors import CheckpointError
 
 SIZES = (

@@ -1,4 +1,4 @@
-"""What an MLA layer is: its sizes, its rotary embedding, and how both are read from a Hugging Face config."""
+"""What an MLA layer is: its sizes and its rotary embedding."""
 
 from __future__ import annotations
 
@@ -179,13 +179,13 @@ class MLAConfig:
         """Read a Hugging Face config: a dict, a config.json, or a directory that holds one.
 
         Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` (real checkpoints) and
-        `rope_parameters` (transformers 5); `rope_type` wins over `type`. hf_config.py lists the families.
+        `rope_parameters` (transformers 5); `rope_type` wins over `type`. hugging_face.py lists the families.
 
         Raises:
             CheckpointError: no such file, not JSON, a missing or impossible value, a model_type whose attention is
                 unknown or differs in a way that is not implemented.
         """
-        from mla_fp4_jax.hf_config import read_hf_config  # which makes an MLAConfig
+        from mla_fp4_jax.config.hugging_face import read_hf_config  # which makes an MLAConfig
 
         values, where = (source, "config") if isinstance(source, Mapping) else _read_json(Path(source))
         return read_hf_config(values, where).config
