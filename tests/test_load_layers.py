@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from producers import PRODUCERS
 
-from mla_fp4_jax import CheckpointError, FP4Array, load_mla_layer, load_mla_layers
+from mla_fp4_jax import CheckpointError, FP4Array, MLAAttention, load_mla_layer, load_mla_layers
 
 LAYERS = 4
 H4 = CONFIG | {"num_attention_heads": 4, "num_hidden_layers": LAYERS}
@@ -113,6 +113,19 @@ def test_the_default_device_is_obeyed(tmp_path, rng):
     with jax.default_device(jax.devices()[1]):
         layer = load_mla_layer(root, 0)
     assert all(leaf.devices() == {jax.devices()[1]} for leaf in jax.tree.leaves(layer.weights))
+
+
+@pytest.mark.parametrize("producer", ["quark mxfp4", "compressed-tensors nvfp4", "deepseek fp8"])
+def test_a_loaded_layer_compiles_ahead_of_time(tmp_path, rng, producer):
+    """Weights are uncommitted: jax 0.10 compiles for other layouts than it gives committed float4 arrays."""
+    root = write_checkpoint(tmp_path, sharded_tensors(rng, producer), H4 | {"num_hidden_layers": 1})
+    layer = load_mla_layer(root, 0)
+    x, cache = jnp.ones((1, 1, 96), layer.dtype), layer.init_cache(1, 4)
+    step = jax.jit(MLAAttention.decode).lower(layer, x, cache).compile()
+    assert np.array_equal(
+        np.asarray(step(layer, x, cache)[0]), np.asarray(jax.jit(MLAAttention.decode)(layer, x, cache)[0])
+    )
+    assert not any(leaf.committed for leaf in jax.tree.leaves(layer.weights))
 
 
 @pytest.mark.bad_input

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from mla_fp4_jax.fp4_array import FP4Array
@@ -31,27 +31,27 @@ class CodeBuffers:
     def __init__(self) -> None:
         self._empty: dict[tuple, jax.Array] = {}
 
-    def make(self, packed: np.ndarray, device: Any) -> jax.Array:
-        """Codes [..., C] on a jax.Device from uint8 [..., C/2], which is copied."""
-        if device.platform == "cpu":
-            if packed.size and _cpu_memory_is_packed(device):
+    def make(self, packed: np.ndarray, device: Any | None = None) -> jax.Array:
+        """Codes [..., C] from uint8 [..., C/2], copied to a jax.Device, or uncommitted to the default one."""
+        if (device or default_device()).platform == "cpu":
+            if packed.size and _cpu_memory_is_packed(device or default_device()):
                 return self._filled(packed, device)
             packed = np.array(packed)  # device_put may make an array of the mapped file itself
         return _view_as_codes(jax.device_put(packed, device))
 
-    def _filled(self, packed: np.ndarray, device: Any) -> jax.Array:
+    def _filled(self, packed: np.ndarray, device: Any | None) -> jax.Array:
         shape = (*packed.shape[:-1], 2 * packed.shape[-1])
-        key = (shape, device)
+        key = (shape, device, default_device())
         if key not in self._empty:
             self._empty[key] = jnp.zeros(shape, FLOAT4, device=device)
-        return _fill(jax.device_put(self._empty[key], device, may_alias=False), self._empty[key], packed)
+        return _fill(self._empty[key], packed)
 
 
-def _fill(fresh: jax.Array, template: jax.Array, packed: np.ndarray) -> jax.Array:
-    jax.block_until_ready(fresh)
+def _fill(template: jax.Array, packed: np.ndarray) -> jax.Array:
+    fresh = jax.block_until_ready(_copy(template))
     pointer = fresh.unsafe_buffer_pointer()
     if pointer == template.unsafe_buffer_pointer():
-        return _view_as_codes(jax.device_put(np.array(packed), next(iter(fresh.devices()))))
+        raise RuntimeError("a copy that is none")
     target = np.ctypeslib.as_array((ctypes.c_uint8 * packed.size).from_address(pointer))
     np.copyto(target.reshape(packed.shape), packed)
     return fresh
@@ -62,12 +62,17 @@ def _cpu_memory_is_packed(device: Any) -> bool:
     packed = np.arange(256, dtype=np.uint8).reshape(4, 64)
     try:
         template = jnp.zeros((4, 128), FLOAT4, device=device)
-        filled = _fill(jax.device_put(template, device, may_alias=False), template, packed)
+        filled = _fill(template, packed)
         works = bool(jnp.array_equal(_view_as_bytes(filled), packed)) and not bool(jnp.any(_view_as_bytes(template)))
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         logger.info("packed codes are viewed by XLA, which is slow on a CPU: %s", error)
         return False
     return works
+
+
+@jax.jit
+def _copy(codes: jax.Array) -> jax.Array:
+    return jnp.copy(codes)
 
 
 @jax.jit
@@ -132,34 +137,30 @@ class Placement:
         )
 
     def _put(self, view: np.ndarray) -> jax.Array:
-        sharding = self._sharding()
-        if isinstance(sharding, SingleDeviceSharding):
-            device = next(iter(sharding.device_set))
-            return jax.device_put(np.array(view) if device.platform == "cpu" else view, device)
+        sharding = self.sharding
+        if sharding is None:  # uncommitted: free to follow what it is used with
+            return jax.device_put(np.array(view) if default_device().platform == "cpu" else view)
         on_cpu = any(device.platform == "cpu" for device in sharding.device_set)
         return jax.make_array_from_callback(
             view.shape, sharding, lambda index: np.array(view[index]) if on_cpu else view[index]
         )
 
     def _codes(self, packed: np.ndarray) -> jax.Array:
-        sharding = self._sharding()
+        sharding = self.sharding
+        if sharding is None:
+            return self.buffers.make(packed)
         parts = [
             self.buffers.make(packed[index], device)
             for device, index in sharding.addressable_devices_indices_map(packed.shape).items()
         ]
-        if isinstance(sharding, SingleDeviceSharding):
-            return parts[0]
         return jax.make_array_from_single_device_arrays(self.shape, sharding, parts)
 
     def _scalar(self, value: np.float32) -> jax.Array:
-        if isinstance(self.sharding, jax.sharding.NamedSharding):
-            replicated = jax.sharding.NamedSharding(self.sharding.mesh, jax.sharding.PartitionSpec())
-            return jax.device_put(value, replicated)
-        device = next(iter(self._sharding().device_set))
-        return jax.device_put(value, device)
-
-    def _sharding(self) -> Sharding:
-        return SingleDeviceSharding(default_device()) if self.sharding is None else self.sharding
+        if self.sharding is None:
+            return jax.device_put(value)
+        if isinstance(self.sharding, NamedSharding):
+            return jax.device_put(value, NamedSharding(self.sharding.mesh, PartitionSpec()))
+        return jax.device_put(value, next(iter(self.sharding.device_set)))
 
     def _check_groups(self, groups_shape: tuple[int, ...]) -> None:
         if self.sharding is None:

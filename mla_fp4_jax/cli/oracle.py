@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float64, Int
 
@@ -26,28 +27,33 @@ Quantise = Callable[[np.ndarray], np.ndarray]
 
 def decode_mxfp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Float64 values of packed codes [..., C/2] under scale bytes [..., C/32]."""
+    return decode(packed, np.exp2(scales.astype(np.float64) - 127))
+
+
+def decode(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Float64 values of packed codes [..., C/2] under scales [..., C/G] that are numbers already."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    powers = np.exp2(scales.astype(np.float64) - 127)
-    return _E2M1[codes] * np.repeat(powers, codes.shape[-1] // scales.shape[-1], axis=-1)
+    return _E2M1[codes] * np.repeat(scales, codes.shape[-1] // scales.shape[-1], axis=-1)
+
+
+def _nvfp4_scales(weight: FP4Array, scales: np.ndarray) -> np.ndarray:
+    values = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    if weight.global_divisor is not None:
+        return values / float(weight.global_divisor)
+    return values if weight.global_scale is None else values * float(weight.global_scale)
 
 
 class Float64Layer:
     """A layer's weights as float64, made on demand, and the steps of MLA on them for one sequence."""
 
     def __init__(self, config: MLAConfig, weights: MLAWeights):
-        """Copy the weights to the host as they are stored.
-
-        Raises:
-            NotImplementedError: a packed format other than MXFP4.
-        """
+        """Copy the weights to the host as they are stored."""
         self.config = config
         self._weights = {}
         for field, value in vars(weights).items():
             if isinstance(value, FP4Array):
-                if value.format != "mxfp4":
-                    raise NotImplementedError(f"the demo's oracle must decode {field}; {value.format} is not known.")
-                packed, scales = value.to_packed()[:2]
-                self._weights[field] = (np.asarray(packed), np.asarray(scales))
+                packed, scales = (np.asarray(part) for part in value.to_packed()[:2])
+                self._weights[field] = (packed, scales if value.format == "mxfp4" else _nvfp4_scales(value, scales))
             elif value is not None:
                 self._weights[field] = np.asarray(value)
 
@@ -64,7 +70,8 @@ class Float64Layer:
         """Some of a weight's first axis, in float64."""
         value = self._weights[field]
         if isinstance(value, tuple):
-            return decode_mxfp4(value[0][part], value[1][part])
+            packed, scales = value[0][part], value[1][part]
+            return decode_mxfp4(packed, scales) if scales.dtype == np.uint8 else decode(packed, scales)
         return value[part].astype(np.float64)
 
     def linear(self, x: Float64[np.ndarray, "T C"], field: str) -> Float64[np.ndarray, "T N"]:
