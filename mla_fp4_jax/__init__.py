@@ -4,6 +4,7 @@ from mla_fp4_jax.cache import LatentCache as LatentCache
 from mla_fp4_jax.cache import PagedLatentCache as PagedLatentCache
 from mla_fp4_jax.cache import init_cache as init_cache
 from mla_fp4_jax.checkpoint import load_mla_layer as load_mla_layer
+from mla_fp4_jax.checkpoint import load_mla_layers as load_mla_layers
 from mla_fp4_jax.config import MLAConfig as MLAConfig
 from mla_fp4_jax.config import RopeConfig as RopeConfig
 from mla_fp4_jax.errors import CheckpointError as CheckpointError

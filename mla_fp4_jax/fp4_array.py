@@ -25,7 +25,8 @@ SCALE_FORMATS = {"mxfp4": "e8m0", "nvfp4": "e4m3"}
 class FP4Array:
     """value[..., c] = e2m1(codes[..., c]) * scale(scales[..., c // G]) * global_scale
 
-    with G = C / groups columns to a scale, 32 in MXFP4 and 16 in NVFP4. Make one with from_packed, quantize_mxfp4
+    with G = C / groups columns to a scale, 32 in MXFP4 and 16 in NVFP4 (compressed-tensors divides by its global
+    scale: see global_divisor). Make one with from_packed, quantize_mxfp4
     or quantize_nvfp4; the constructor itself checks nothing, so that any leaves can stand in (tracers,
     ShapeDtypeStructs, shardings).
 
@@ -37,6 +38,9 @@ class FP4Array:
         format: "mxfp4" or "nvfp4" (static).
         order: None where codes and scales lie as described; else the same bytes lie in this kernel's order
             (static). Everything but the attributes codes, scales and packed undoes it.
+        global_divisor: float32 scalar where the checkpoint has one that divides, beside global_scale, its reciprocal
+            rounded to float32: dequantize divides by it and is exact, products use global_scale, off by at most
+            2^-24 of each result.
     """
 
     # Any: what stands in for an array, and a vmapped global_scale, are legal too.
@@ -45,6 +49,7 @@ class FP4Array:
     global_scale: Any = None
     format: str = dataclasses.field(default="mxfp4", metadata={"static": True})
     order: FragmentOrder | None = dataclasses.field(default=None, metadata={"static": True})
+    global_divisor: Any = None
 
     @classmethod
     def from_packed(
@@ -168,7 +173,8 @@ class FP4Array:
         reason = fragments.unsupported(_by_head(self.shape), self.group_size, FragmentOrder(key_rows))
         if reason is not None or self.size == 0:
             return reason
-        largest = int(jnp.max(self.scales))
+        with jax.ensure_compile_time_eval():  # a constant within jit is as well known
+            largest = int(jnp.max(self.scales))
         if largest > fragments.MAX_SCALE_BYTE:
             return (
                 f"its kernels take scale bytes up to {fragments.MAX_SCALE_BYTE}, a scale of "
@@ -229,11 +235,22 @@ class FP4Array:
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*rows C"]:
         """The values. MXFP4: exact in bfloat16 and float32 (infinite past their range, NaN under scale byte 255).
 
-        NVFP4: exact but for one rounding of the product with global_scale, in float32, then one to `dtype`.
+        NVFP4: e2m1 * (scale * global_scale), or e2m1 * (scale / global_divisor), in float32 and in this order, which
+        is that of torchao, ModelOpt and compressed-tensors: bit for bit theirs. Then one rounding to `dtype`.
         """
         if self.global_scale is None:
             return self.without_global_scale(dtype)
-        return (self.without_global_scale(jnp.float32) * self.global_scale).astype(dtype)
+        # A power of two taken from the elements and given to the scales, lest their product be flushed as subnormal.
+        small = self.global_scale < 1
+        scales = formats.decode_e4m3(self.scales) * jnp.where(small, 2.0**24, 1.0)
+        if self.global_divisor is None:
+            scales = scales * self.global_scale
+        else:  # a barrier, lest XLA turn division by one scalar into a multiplication, one bit off
+            scales = scales / jax.lax.optimization_barrier(jnp.broadcast_to(self.global_divisor, scales.shape))
+        codes = formats.unpack_nibbles(self.packed)
+        codes = codes.reshape(*self.shape[:-1], self.scales.shape[-1], self.group_size)
+        elements = formats.decode_e2m1(codes) * jnp.where(small, 2.0**-24, 1.0)
+        return (elements * scales[..., None]).reshape(self.shape).astype(dtype)
 
     def without_global_scale(self, dtype: DTypeLike) -> Float[Array, "*rows C"]:
         """e2m1 * scale: exact in bfloat16 and float32 in either format."""

@@ -149,6 +149,8 @@ def _begin(
 
     with jax.named_scope("mla/q_proj"):
         q = _queries(weights, x, config, implementation)
+        if config.rope.llama_4_scaling_beta:
+            q = (q.astype(jnp.float32) * rope.query_scale(config.rope, positions)[..., None, None]).astype(q.dtype)
         q_rope = rope.rotate(
             q[..., config.qk_nope_head_dim :],
             cos[:, :, None],
@@ -157,7 +159,10 @@ def _begin(
         )
     with jax.named_scope("mla/kv_a_proj"):
         kv = linear(x, weights.kv_a_proj_with_mqa, weights.kv_a_proj_bias, implementation=implementation)
-        latent = rms_norm(kv[..., : config.kv_lora_rank], weights.kv_a_layernorm, config.layernorm_eps)
+        gain = weights.kv_a_layernorm
+        if config.latent_scale != 1.0:
+            gain = gain.astype(jnp.float32) * config.latent_scale
+        latent = rms_norm(kv[..., : config.kv_lora_rank], gain, config.layernorm_eps)
         k_rope = rope.rotate(kv[..., config.kv_lora_rank :], cos, sin, interleaved=config.rope_interleave)
         cache = cache.append(jnp.concatenate([latent, k_rope], axis=-1), active)
     visible = jnp.where(active & (slots < cache.capacity), slots + 1, 0)

@@ -9,9 +9,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from mla_fp4_jax import formats
 from mla_fp4_jax.fp4_array import FP4Array
+from mla_fp4_jax.scale_search import least_error_bytes
 
 MXFP4_GROUP = 32
 NVFP4_GROUP = 16
+LEAST_ERROR = "mse"
 SCALE_RULES = ("even", "floor", "ceil", "rceil")
 # Mantissa bits of a group's largest magnitude, m in [1, 2), from which its scale takes the next power of two:
 # even at 1.75, where rounding to e2m1 would pass 6; ceil above 1; rceil above 1.5, the largest m of 6 = 1.5 * 4.
@@ -30,27 +32,32 @@ def quantize_mxfp4(w: Float[Array, "*rows C"], *, scale_rule: str = "even") -> F
         even    2^(e-1) from m = 1.75: AMD Quark, llm-compressor; the least error of the four
         ceil    2^(e-1) above m = 1: nothing saturates
         rceil   2^(e-1) above m = 1.5: ModelOpt, MLX; nothing saturates
+        mse     whichever of 2^(e-3), 2^(e-2), 2^(e-1) leaves the least squared error in the group
 
     Args:
         w: bfloat16, float16 or float32.
         scale_rule: one of the above.
 
     Returns:
-        The array; a group of zeros decodes to zeros. Bits are the same on every device.
+        The array; a group of zeros decodes to zeros. Bits are the same on every device (with "mse" but for exponents
+        whose errors are equal up to float32 rounding).
 
     Raises:
         ValueError: NaN or infinite values. Under jit, where they cannot be refused, their group's scale becomes
             255, so that it decodes to NaN.
     """
-    if scale_rule not in SCALE_RULES:
+    if scale_rule not in (*SCALE_RULES, LEAST_ERROR):
         raise ValueError(
-            f"quantize_mxfp4: scale_rule must be one of {SCALE_RULES}; got {scale_rule!r}. "
-            "'even' has the least error."
+            f"quantize_mxfp4: scale_rule must be one of {(*SCALE_RULES, LEAST_ERROR)}; got {scale_rule!r}. "
+            "'even' has the least error of the fixed ones."
         )
     groups = _groups("quantize_mxfp4", w, MXFP4_GROUP)
     largest = _largest_bits(groups)
-    step = jnp.where((largest & 0x7FFFFF) >= _STEP_UP_FROM[scale_rule], 1, 0)
-    byte = jnp.clip((largest >> 23) + step - _E2M1_EXPONENT_MAX, 0, 254)
+    if scale_rule == LEAST_ERROR:
+        byte = least_error_bytes(groups, (largest >> 23) - _E2M1_EXPONENT_MAX)
+    else:
+        step = jnp.where((largest & 0x7FFFFF) >= _STEP_UP_FROM[scale_rule], 1, 0)
+        byte = jnp.clip((largest >> 23) + step - _E2M1_EXPONENT_MAX, 0, 254)
     codes = formats.encode_e2m1(groups, jnp.broadcast_to(byte[..., None] - 127, groups.shape))
     byte = jnp.where(largest >= _F32_INF, formats.E8M0_NAN, byte)
     return FP4Array.from_codes(codes.reshape(w.shape), byte.astype(jnp.uint8))

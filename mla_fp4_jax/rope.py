@@ -16,7 +16,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     """Inverse frequencies of a rotary embedding, in float32 as the models were trained.
 
     Plain: theta^(-2j/dim). YaRN divides the slow ones by `factor` and blends in between:
-    f_j = ramp_j / (factor * theta^(2j/dim)) + (1 - ramp_j) / theta^(2j/dim).
+    f_j = ramp_j / (factor * theta^(2j/dim)) + (1 - ramp_j) / theta^(2j/dim). LongRoPE divides each by its own factor.
 
     Args:
         rope: the settings.
@@ -31,6 +31,8 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     plain = np.float32(1.0) / period
     if rope.rope_type == "default":
         return plain
+    if rope.rope_type == "longrope":
+        return np.float32(1.0) / (np.asarray(rope.frequency_divisors, np.float32) * period)
     stretched = np.float32(1.0) / (np.float32(rope.factor) * period)
     low, high = _yarn_ramp_ends(rope, dim)
     ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
@@ -58,6 +60,12 @@ def cos_sin(
     """Cosine and sine of positions * inverse_frequencies, times YaRN's cos_sin_scale; float32."""
     angles = positions.astype(jnp.float32)[..., None] * _broadcast(inverse_frequencies(rope, dim), positions.ndim)
     return jnp.cos(angles) * rope.cos_sin_scale, jnp.sin(angles) * rope.cos_sin_scale
+
+
+def query_scale(rope: RopeConfig, positions: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """What queries are multiplied by under llama_4_scaling_beta: 1 + beta * ln(1 + floor(position / original))."""
+    turns = jnp.floor(positions.astype(jnp.float32) / rope.original_max_position_embeddings)
+    return 1.0 + (rope.llama_4_scaling_beta or 0.0) * jnp.log1p(turns)
 
 
 def _broadcast(vector: np.ndarray, leading: int) -> jax.Array:

@@ -57,23 +57,31 @@ def layer_tensors(
     return {f"{prefix}{name}": array for name, array in tensors.items()}
 
 
-def write_checkpoint(root: Path, tensors: dict[str, np.ndarray], config: dict | None = None) -> Path:
+def write_checkpoint(
+    root: Path, tensors: dict[str, np.ndarray], config: dict | None = None, metadata: dict[str, str] | None = None
+) -> Path:
     """A directory with one file."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps(CONFIG if config is None else config))
-    write_safetensors(root / "model.safetensors", tensors)
+    write_safetensors(root / "model.safetensors", tensors, metadata)
     return root
 
 
-def write_shards(root: Path, tensors: dict[str, np.ndarray], shards: int = 3) -> Path:
+def write_shards(
+    root: Path,
+    tensors: dict[str, np.ndarray],
+    shards: int = 3,
+    config: dict | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
     """The same in shards, with an index."""
     root.mkdir(parents=True, exist_ok=True)
-    (root / "config.json").write_text(json.dumps(CONFIG))
+    (root / "config.json").write_text(json.dumps(CONFIG if config is None else config))
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
-        write_safetensors(root / file, part)
+        write_safetensors(root / file, part, metadata)
         weight_map |= dict.fromkeys(part, file)
     (root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return root

@@ -493,3 +493,35 @@ def test_pickles_are_never_opened(tmp_path, rng):
     with pytest.raises(CheckpointError, match="'pytorch_model.bin'. Only safetensors is read"):
         load_mla_layer(root, 0)
     assert not (tmp_path / "exploded").exists()
+
+
+@given(data=st.data())
+def test_any_mutation_of_any_format_loads_or_is_refused(tmp_path_factory, data):
+    from producers import PRODUCERS
+
+    producer = data.draw(st.sampled_from(sorted(PRODUCERS)))
+    make, quantization = PRODUCERS[producer]
+    parts, _, metadata = make(np.random.default_rng(0), 144, 64)
+    tensors = layer_tensors(np.random.default_rng(0), kv_b="dense")
+    del tensors[f"{PREFIX}kv_b_proj.weight"]
+    tensors |= {f"{PREFIX}kv_b_proj.{suffix}": np.asarray(part) for suffix, part in parts.items()}
+    root = tmp_path_factory.mktemp("mutated")
+    config = CONFIG | {"quantization_config": quantization or {}}
+    write_checkpoint(root, tensors, config, {f"{PREFIX}kv_b_proj.{k}": text for k, text in metadata.items()})
+    file = root / data.draw(st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]))
+    raw = bytearray(file.read_bytes())
+    header = int.from_bytes(raw[:8], "little") + 8 if file.suffix == ".safetensors" else len(raw)
+    for _ in range(data.draw(st.integers(1, 3))):
+        # Half of the changes hit the header or the config, half the values.
+        at = data.draw(st.integers(0, header - 1) | st.integers(0, len(raw) - 1))
+        if data.draw(st.booleans()):
+            raw[at] = data.draw(st.integers(0, 255))
+        else:
+            raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    file.write_bytes(raw)
+    try:
+        layer = load_mla_layer(root, 0)
+    except CheckpointError as error:
+        assert str(root) in str(error) and len(str(error)) < 3000
+    else:
+        assert layer.weights.kv_b_proj.shape == (3, 48, 64)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "einsum", "formats"],
     ["config"],
-    ["cache", "rope"],
+    ["cache", "rope", "scale_search"],
     ["fp4_array"],
     ["quantize"],
     ["kv_b_proj"],

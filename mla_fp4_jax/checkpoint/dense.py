@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight, to_device
+from mla_fp4_jax.checkpoint.placement import Placement
+from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight
 
 # Bits of the exponent: all set means infinite or NaN.
 EXPONENT_MASKS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
@@ -23,32 +24,40 @@ def _check(stored: StoredWeight) -> None:
     stored.require_shape("weight", stored.shape)
 
 
-def _read(stored: StoredWeight, dtype: DTypeLike) -> jax.Array:
-    return read_dense(stored, "weight", dtype)
+def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> jax.Array:
+    view = stored.read("weight")
+    check_finite(stored, "weight", view)
+    array = placement.dense(view)
+    if jnp.dtype(dtype) != jnp.float16 or array.dtype == jnp.float16:
+        return array.astype(dtype)
+    return cast_to_float16(stored, "weight", array)
 
 
-def read_dense(stored: StoredWeight, suffix: str, dtype: DTypeLike) -> jax.Array:
-    """One plain tensor, cast on the device.
+def _rows(stored: StoredWeight, part: slice) -> np.ndarray:
+    view = stored.read("weight")[part]
+    check_finite(stored, "weight", view, first=part.start or 0)
+    return view.astype(np.float32)
 
-    Raises:
-        CheckpointError: a value that is not finite, in the file or once cast.
-    """
-    view = stored.read(suffix)
+
+def check_finite(stored: StoredWeight, suffix: str, view: np.ndarray, *, first: int = 0) -> None:
+    """Raise CheckpointError where a plain tensor, of which `view` begins at row `first`, has a NaN or infinity."""
     kind, mask = EXPONENT_MASKS[stored.tensors[suffix].dtype]
     bits = view.reshape(-1).view(kind)
     for start in range(0, bits.size, CHUNK_ELEMENTS):
         chunk = bits[start : start + CHUNK_ELEMENTS]
         bad = (chunk & mask) == mask
         if bad.any():
-            index = np.unravel_index(start + int(np.argmax(bad)), view.shape)
-            raise stored.error(suffix, f"must be finite; got NaN or infinity at {[int(i) for i in index]}.")
-    array = to_device(view)
-    if jnp.dtype(dtype) != jnp.float16 or array.dtype == jnp.float16:
-        return array.astype(dtype)
-    cast = array.astype(dtype)
+            index = [int(i) for i in np.unravel_index(start + int(np.argmax(bad)), view.shape)]
+            index[:1] = [index[0] + first] if index else []
+            raise stored.error(suffix, f"must be finite; got NaN or infinity at {index}.")
+
+
+def cast_to_float16(stored: StoredWeight, suffix: str, array: jax.Array) -> jax.Array:
+    """Cast finite values, or raise CheckpointError if they do not fit."""
+    cast = array.astype(jnp.float16)
     if not bool(jnp.isfinite(cast).all()):
         raise stored.error(suffix, "must fit float16; got larger values. Load it in bfloat16.")
     return cast
 
 
-READER = Reader("dense", _recognises, _check, _read)
+READER = Reader("dense", "dense", _recognises, _check, _read, _rows)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX_FILE = f"model{INDEX_SUFFIX}"
 CONFIG_FILE = "config.json"
+HF_QUANT_CONFIG_FILE = "hf_quant_config.json"
+MAX_CONFIG_BYTES = 16 << 20
 
 
 class Checkpoint:
@@ -25,6 +29,7 @@ class Checkpoint:
     Attributes:
         root: the directory.
         config_path: its config.json.
+        index_name: of the index that lists the shards; None where one file holds all.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -46,6 +51,7 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{given}: cannot be read ({error.strerror}).") from error
         self._files: dict[str, SafetensorsFile] = {}
+        self.index_name = main.name if main.name.endswith(INDEX_SUFFIX) else None
         if main.name.endswith(INDEX_SUFFIX):
             self._file_names = _read_index(contained(self.root, main.name))
         elif main.name.endswith(".safetensors"):
@@ -56,6 +62,33 @@ class Checkpoint:
         else:
             raise CheckpointError(f"{given}: must be a directory, a .safetensors file or its index.")
         self.config_path = contained(self.root, CONFIG_FILE)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What config.json says."""
+        return _read_config(self.config_path)
+
+    @functools.cached_property
+    def hf_quant_config(self) -> dict[str, Any] | None:
+        """What ModelOpt's hf_quant_config.json says, where there is one."""
+        if not os.path.lexists(self.root / HF_QUANT_CONFIG_FILE):
+            return None
+        return _read_config(contained(self.root, HF_QUANT_CONFIG_FILE))
+
+    @property
+    def file_names(self) -> list[str]:
+        """The safetensors files, in order."""
+        return sorted(set(self._file_names.values()))
+
+    def open(self, file_name: str) -> SafetensorsFile:
+        """One of the files."""
+        if file_name not in self._files:
+            self._files[file_name] = SafetensorsFile(contained(self.root, file_name))
+        return self._files[file_name]
+
+    def metadata_of(self, name: str) -> dict[str, str]:
+        """The header's metadata of the file that holds a tensor."""
+        return self._open(name).metadata
 
     @property
     def names(self) -> Iterable[str]:
@@ -92,10 +125,7 @@ class Checkpoint:
             file.check_unchanged()
 
     def _open(self, name: str) -> SafetensorsFile:
-        file_name = self._file_names[name]
-        if file_name not in self._files:
-            self._files[file_name] = SafetensorsFile(contained(self.root, file_name))
-        return self._files[file_name]
+        return self.open(self._file_names[name])
 
 
 def contained(root: Path, name: str) -> Path:
@@ -140,6 +170,14 @@ def _main_file(root: Path) -> Path:
         f"{root}: must hold {SINGLE_FILE} or {INDEX_FILE}; found {listed}. Only safetensors is read: "
         "pickles can run code."
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with os.fdopen(open_regular(path), "rb") as file:
+        raw = file.read(MAX_CONFIG_BYTES + 1)
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path} must be at most {MAX_CONFIG_BYTES} bytes; this is no config.")
+    return parse_object(raw, str(path), constants=True)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,21 @@ class SafetensorsFile:
             return np.zeros(shape, dtype)
         flat = np.frombuffer(self._map, np.uint8, count=entry.nbytes, offset=self._data_begin + entry.begin)
         return flat.view(dtype).reshape(shape)
+
+    def chunks(self, name: str, size: int) -> Iterator[bytes]:
+        """A tensor's bytes as they are, at most `size` at a time, read rather than mapped: for copying them."""
+        entry = self.entries[name]
+        self.check_unchanged()
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._data_begin + entry.begin)
+            left = entry.nbytes
+            while left:
+                chunk = file.read(min(size, left))
+                if not chunk:
+                    raise self._changed()
+                left -= len(chunk)
+                yield chunk
+        self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if the file is no longer the one that was opened."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from mla_fp4_jax.checkpoint.directory import Checkpoint
 from mla_fp4_jax.checkpoint.header import TensorEntry
+from mla_fp4_jax.checkpoint.placement import Placement
+from mla_fp4_jax.checkpoint.quantization import NOTHING, Declared
 from mla_fp4_jax.errors import CheckpointError
 from mla_fp4_jax.weights import Weight
 
@@ -25,18 +26,26 @@ class StoredWeight:
         tensors: what there is by suffix: "weight", "weight_scale", ...; biases and activation scales, which
             are no part of the weight, left out.
         source: where their bytes are.
+        declared: what the checkpoint's config says of the module.
+        gguf_nibbles: the caller says that packed codes lie in GGUF's order.
     """
 
     name: str
     shape: tuple[int, ...]
     tensors: Mapping[str, TensorEntry]
     source: Checkpoint
+    declared: Declared = NOTHING
+    gguf_nibbles: bool = False
 
     def has(self, **dtypes: tuple[str, ...]) -> bool:
         """Whether the tensors are exactly those named, each of one of the dtypes given for it."""
         return set(self.tensors) == set(dtypes) and all(
             self.tensors[suffix].dtype in allowed for suffix, allowed in dtypes.items()
         )
+
+    def first(self, *suffixes: str) -> str:
+        """The first of some suffixes that is there."""
+        return next(suffix for suffix in suffixes if suffix in self.tensors)
 
     def require_shape(self, suffix: str, expected: tuple[int, ...], why: str = "") -> None:
         """Raise CheckpointError unless a tensor has this shape."""
@@ -53,32 +62,40 @@ class StoredWeight:
         """A tensor's bytes, a view of the file."""
         return self.source.read(self.tensors[suffix].name)
 
+    def read_scalar(self, suffix: str, *, divides: bool = False) -> np.float32:
+        """A float32 scale of the whole weight.
+
+        Raises:
+            CheckpointError: it is negative or not finite, or a divisor without a finite reciprocal.
+        """
+        value = np.float32(self.read(suffix).astype(np.float32).reshape(-1)[0])
+        with np.errstate(divide="ignore", over="ignore"):
+            if not np.isfinite(value) or value < 0 or (divides and not np.isfinite(np.float32(1) / value)):
+                raise self.error(suffix, f"must be finite and {'above' if divides else '>='} 0; got {value}.")
+        return value
+
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """A weight format. A new one is a file with one of these, and a line in readers.py.
 
     Attributes:
-        name: for reports, "MXFP4 (Quark)".
+        name: for reports, "MXFP4".
+        format: as quantization.Declared has it: "dense", "fp8", "mxfp4" or "nvfp4".
         recognises: whether a weight is in this format, by presence and dtype of its tensors alone.
         check: raises CheckpointError where their shapes are not as they must be; reads headers only.
-        read: the weight, on the default device: dense in the dtype given, packed ones as they are.
+        read: the weight, placed: dense in the dtype given, packed ones as they are.
+        rows: some rows' values as float32, on the host; reads no others. Of linears only.
     """
 
     name: str
+    format: str
     recognises: Callable[[StoredWeight], bool]
     check: Callable[[StoredWeight], None]
-    read: Callable[[StoredWeight, DTypeLike], Weight]
+    read: Callable[[StoredWeight, DTypeLike, Placement], Weight]
+    rows: Callable[[StoredWeight, slice], np.ndarray]
 
-
-def to_device(view: np.ndarray) -> jax.Array:
-    """A tensor of the file on the default device.
-
-    On a CPU device_put may make an array of the very memory it is given, mapped file and may_alias=False
-    notwithstanding (seen with jax 0.10 and 0.12): a weight that changed with the file, and a crash once that
-    is cut short. There, and only there, the bytes are copied first.
-    """
-    array = jax.device_put(view)
-    if next(iter(array.devices())).platform == "cpu":
-        return jax.device_put(np.array(view))
-    return array
+    @property
+    def packed(self) -> bool:
+        """Whether weights stay packed FP4."""
+        return self.format in ("mxfp4", "nvfp4")

@@ -22,12 +22,13 @@ def quoted(text: object) -> str:
     return shown if len(shown) <= LONGEST_QUOTE else f"{shown[:LONGEST_QUOTE]}... ({len(shown)} characters)"
 
 
-def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+def parse_object(raw: bytes, where: str, *, constants: bool = False) -> dict[str, Any]:
     """Parse UTF-8 JSON that must be an object.
 
     Args:
         raw: the text's bytes.
         where: what it is, for messages: "model.safetensors: the header".
+        constants: let NaN and Infinity pass, which Python writes into configs; whoever uses a number checks it.
 
     Raises:
         CheckpointError: not UTF-8, not JSON (NaN and Infinity are not), nested or bracketed beyond any honest
@@ -38,7 +39,9 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     if raw.count(b"[") + raw.count(b"{") > 64 + len(raw) // LEAST_BYTES_PER_BRACKET:
         raise CheckpointError(f"{where} is made of brackets; refused unparsed.")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=float if constants else _no_constant
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     except UnicodeDecodeError as error:

@@ -7,8 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mla_fp4_jax.checkpoint.convert import RULES
+from mla_fp4_jax.checkpoint.quantization_out import METHODS
+from mla_fp4_jax.cli.convert import run_convert
 from mla_fp4_jax.cli.demo import run_demo
 from mla_fp4_jax.cli.info import run_info
+from mla_fp4_jax.cli.inspect import run_inspect
 from mla_fp4_jax.cli.text import CliError
 from mla_fp4_jax.ops.implementations import NAMES
 
@@ -80,7 +84,36 @@ def _make_parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, devices, and which implementations can run and why")
     info.set_defaults(run=run_info)
-    for command in (demo, info):
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint's attention weights are, and what loading does to each",
+        description="Format, shape, bytes and scales of every attention projection, what the config says of it, what "
+        "is kept exact and what would have to be converted. Reads headers and scales only.",
+    )
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("path", type=Path, metavar="PATH", help="a Hugging Face safetensors checkpoint")
+    inspect.add_argument("--json", action="store_true", help="all of it, layer by layer")
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint whose attention projections are MXFP4",
+        description="Convert shard by shard; every other tensor keeps its bytes. Interrupted, it goes on where it "
+        "stopped. Says how large the error is, per weight and per layer.",
+    )
+    convert.set_defaults(run=run_convert)
+    convert.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face safetensors checkpoint")
+    convert.add_argument("target", type=Path, metavar="DST", help="a directory that is new, empty, or unfinished")
+    convert.add_argument("--kv-b", choices=("mxfp4", "keep"), default="mxfp4", help="kv_b_proj (default mxfp4)")
+    convert.add_argument("--linears", choices=("mxfp4", "keep"), default="keep", help="the others (default keep)")
+    convert.add_argument("--scale-rule", choices=RULES, default="even", help="see quantize_mxfp4 (default even)")
+    convert.add_argument(
+        "--config", choices=METHODS, help="whose names and config to write (default: the source's, else quark)"
+    )
+    convert.add_argument(
+        "--no-layer-errors", dest="layer_errors", action="store_false", help="do not compare the layers' outputs"
+    )
+    for command in (demo, info, inspect, convert):
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

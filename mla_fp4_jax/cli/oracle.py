@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float64, Int
 
@@ -26,49 +27,63 @@ Quantise = Callable[[np.ndarray], np.ndarray]
 
 def decode_mxfp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Float64 values of packed codes [..., C/2] under scale bytes [..., C/32]."""
+    return decode(packed, np.exp2(scales.astype(np.float64) - 127))
+
+
+def decode(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Float64 values of packed codes [..., C/2] under scales [..., C/G] that are numbers already."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
-    powers = np.exp2(scales.astype(np.float64) - 127)
-    return _E2M1[codes] * np.repeat(powers, codes.shape[-1] // scales.shape[-1], axis=-1)
+    return _E2M1[codes] * np.repeat(scales, codes.shape[-1] // scales.shape[-1], axis=-1)
+
+
+def _nvfp4_scales(weight: FP4Array, scales: np.ndarray) -> np.ndarray:
+    values = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    if weight.global_divisor is not None:
+        return values / float(weight.global_divisor)
+    return values if weight.global_scale is None else values * float(weight.global_scale)
 
 
 class Float64Layer:
     """A layer's weights as float64, made on demand, and the steps of MLA on them for one sequence."""
 
     def __init__(self, config: MLAConfig, weights: MLAWeights):
-        """Copy the weights to the host as they are stored.
-
-        Raises:
-            NotImplementedError: a packed format other than MXFP4.
-        """
+        """Copy the weights to the host as they are stored."""
         self.config = config
         self._weights = {}
         for field, value in vars(weights).items():
             if isinstance(value, FP4Array):
-                if value.format != "mxfp4":
-                    raise NotImplementedError(f"the demo's oracle must decode {field}; {value.format} is not known.")
-                packed, scales = value.to_packed()[:2]
-                self._weights[field] = (np.asarray(packed), np.asarray(scales))
+                packed, scales = (np.asarray(part) for part in value.to_packed()[:2])
+                self._weights[field] = (packed, scales if value.format == "mxfp4" else _nvfp4_scales(value, scales))
             elif value is not None:
                 self._weights[field] = np.asarray(value)
+
+    def has(self, field: str) -> bool:
+        """Whether the layer has this weight."""
+        return field in self._weights
+
+    def length(self, field: str) -> int:
+        """Of a weight's first axis."""
+        value = self._weights[field]
+        return len(value[0] if isinstance(value, tuple) else value)
 
     def rows(self, field: str, part: slice | int) -> np.ndarray:
         """Some of a weight's first axis, in float64."""
         value = self._weights[field]
         if isinstance(value, tuple):
-            return decode_mxfp4(value[0][part], value[1][part])
+            packed, scales = value[0][part], value[1][part]
+            return decode_mxfp4(packed, scales) if scales.dtype == np.uint8 else decode(packed, scales)
         return value[part].astype(np.float64)
 
     def linear(self, x: Float64[np.ndarray, "T C"], field: str) -> Float64[np.ndarray, "T N"]:
         """x @ W.T."""
-        value = self._weights[field]
-        total = len(value[0] if isinstance(value, tuple) else value)
         step = max(1, _ELEMENTS_AT_ONCE // x.shape[1])
-        parts = [x @ self.rows(field, slice(start, start + step)).T for start in range(0, total, step)]
+        starts = range(0, self.length(field), step)
+        parts = [x @ self.rows(field, slice(start, start + step)).T for start in starts]
         return np.concatenate(parts, axis=1)
 
     def bias(self, field: str) -> np.ndarray | float:
         """A bias, or 0 where there is none."""
-        return self.rows(field, slice(None)) if field in self._weights else 0.0
+        return self.rows(field, slice(None)) if self.has(field) else 0.0
 
     def norm(self, x: Float64[np.ndarray, "T D"], field: str) -> Float64[np.ndarray, "T D"]:
         """RMS norm."""
@@ -88,14 +103,16 @@ class Float64Layer:
         q = q.reshape(len(x), c.num_attention_heads, -1)
         angles = _angles(c.rope, c.qk_rope_head_dim, positions)[:, None]
         rotated = self._rotate(q[..., c.qk_nope_head_dim :], angles)
-        return np.concatenate([q[..., : c.qk_nope_head_dim], rotated], axis=-1)
+        turns = np.floor(positions / c.rope.original_max_position_embeddings)
+        warmth = c.q_scale * (1.0 + (c.rope.llama_4_scaling_beta or 0.0) * np.log(1.0 + turns))
+        return np.concatenate([q[..., : c.qk_nope_head_dim], rotated], axis=-1) * warmth[:, None, None]
 
     def entries(self, x: Float64[np.ndarray, "S E"]) -> tuple[Float64[np.ndarray, "S L"], Float64[np.ndarray, "S R"]]:
         """What a cache would hold of tokens 0 .. S-1: normed latents and rotated rope keys."""
         c = self.config
         kv = self.linear(x, "kv_a_proj_with_mqa") + self.bias("kv_a_proj_bias")
         angles = _angles(c.rope, c.qk_rope_head_dim, np.arange(len(x)))
-        latent = self.norm(kv[:, : c.kv_lora_rank], "kv_a_layernorm")
+        latent = self.norm(kv[:, : c.kv_lora_rank], "kv_a_layernorm") * c.latent_scale
         return latent, self._rotate(kv[:, c.kv_lora_rank :], angles)
 
     def naive(
@@ -168,8 +185,8 @@ def _yarn_m(factor: float, mscale: float) -> float:
 def _cos_sin_scale(rope: RopeConfig) -> float:
     if rope.rope_type == "default":
         return 1.0
-    if rope.attention_factor is not None:
-        return rope.attention_factor
+    if rope.attention_factor is not None or rope.rope_type == "longrope":
+        return 1.0 if rope.attention_factor is None else rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
         return _yarn_m(rope.factor, rope.mscale) / _yarn_m(rope.factor, rope.mscale_all_dim)
     return _yarn_m(rope.factor, 1.0)
@@ -184,7 +201,8 @@ def _angles(rope: RopeConfig, dim: int, positions: np.ndarray) -> np.ndarray:
         if rope.rope_type == "yarn":
             low, high = _ramp(rope, dim)
             kept = 1.0 - min(max((j - low) / (high - low), 0.0), 1.0)
-        frequencies.append(plain * kept + plain / rope.factor * (1.0 - kept))
+        divisor = 1.0 if rope.frequency_divisors is None else rope.frequency_divisors[j]
+        frequencies.append((plain * kept + plain / rope.factor * (1.0 - kept)) / divisor)
     return positions[:, None] * np.array(frequencies, np.float32).astype(np.float64)
 
 

@@ -9,6 +9,7 @@ so that no code of the library has touched the data that judges it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -60,6 +61,26 @@ FULL_KEYS = (
     "kv_b_proj.mxfp4.even.packed_head0",
     "kv_b_proj.mxfp4.even.scale",
 )
+
+
+# Name -> file, recording of its kv_b_proj's values, key there. Quark's NVFP4-like export has no recording.
+EXPORTS = {
+    "compressed_tensors_mxfp4": (
+        "compressed_tensors/mxfp4_kvb/model.safetensors",
+        "compressed_tensors/mxfp4_kvb.io.npz",
+        "exact_dequant_fp32",
+    ),
+    "compressed_tensors_nvfp4": (
+        "compressed_tensors/nvfp4_kvb/model.safetensors",
+        "compressed_tensors/nvfp4_kvb.io.npz",
+        "exact_dequant_fp32",
+    ),
+    "modelopt_nvfp4": ("modelopt/nvfp4_kvb/model.safetensors", "modelopt/nvfp4_kvb.io.npz", "modelopt_dequant_fp32"),
+    "quark_nvfp4": ("quark/nvfp4_like_kvb/model.safetensors", None, None),
+    "torchao_mxfp4": ("torchao/mxfp4_kv_b.safetensors", "torchao/mxfp4_kv_b.npz", "dequant"),
+    "deepseek_fp8": ("fp8_block/model.safetensors", "fp8_block/hf_dequant.npz", "hf_dequant.kv_b_proj:bf16"),
+}
+EXPORT_ROWS = 128  # of 1024: the first of eight heads, P = V = 64
 
 
 def read_header(data: bytes) -> tuple[dict, bytes]:
@@ -124,18 +145,35 @@ def make_quark(reference: Path) -> None:
     trim_npz(reference / "quark" / "mxfp4_kvb_only.io.npz", DEMO / "io.npz", common)
 
 
-def make_foreign(reference: Path) -> None:
-    """Names, dtypes and shapes of exports in other formats, which tests of the refusals fill with zeros."""
-    found = {}
-    for path in sorted(reference.rglob("*.safetensors")):
-        header, _ = read_header(path.read_bytes())
-        layer = {
-            key: f"{value['dtype']} {value['shape']}" for key, value in header.items() if key.startswith(LAYER_PREFIX)
-        }
-        read = path.parts[-3] == "hf_mla" or path.parts[-2] in QUARK_KEYS
-        if layer and not read:
-            found[str(path.relative_to(reference))] = layer
-    (HERE / "foreign_headers.json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+def make_exports(reference: Path) -> None:
+    """The first head's rows of kv_b_proj from every export, its configs, and the SHA-256 of their recorded values."""
+    arrays, described = {}, {}
+    module = f"{LAYER_PREFIX}kv_b_proj"
+    for name, (file, recorded, key) in EXPORTS.items():
+        header, data = read_header((reference / file).read_bytes())
+        tensors = {}
+        for tensor in sorted(tensor for tensor in header if tensor.startswith(f"{module}.")):
+            entry, suffix = header[tensor], tensor.removeprefix(f"{module}.")
+            begin, end = entry["data_offsets"]
+            raw = np.frombuffer(data[begin:end], np.uint8)
+            shape = entry["shape"]
+            if len(shape) == 2:  # the first 128 rows; swizzled scales keep those in their first tile
+                rows = {1024: EXPORT_ROWS, 256: EXPORT_ROWS // 4, 8: 1}[shape[0]]
+                raw, shape = raw[: raw.size * rows // shape[0]], [rows, shape[1]]
+            arrays[f"{name}/{suffix}"], tensors[suffix] = raw, [entry["dtype"], shape]
+        about = {"tensors": tensors, "metadata": header["__metadata__"]}
+        config = (reference / file).parent / "config.json"
+        if config.exists():
+            about["quantization_config"] = json.loads(config.read_text())["quantization_config"]
+        if recorded is not None:
+            with np.load(reference / recorded) as values:
+                value = values[key]
+            if value.dtype == np.uint16:
+                value = (value.astype(np.uint32) << 16).view(np.float32)
+            about["sha256"] = hashlib.sha256((value[:EXPORT_ROWS] + 0.0).tobytes()).hexdigest()  # -0 as 0
+        described[name] = about
+    np.savez_compressed(HERE / "exports.npz", **arrays)
+    (HERE / "exports.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
 
 
 def make_full_layer(reference: Path) -> None:
@@ -148,5 +186,5 @@ def make_full_layer(reference: Path) -> None:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else REPOSITORY.parent / "shared" / "reference"
-    for make in (make_hf_mla, make_quark, make_foreign, make_full_layer):
+    for make in (make_hf_mla, make_quark, make_exports, make_full_layer):
         make(root)

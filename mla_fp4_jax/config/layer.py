@@ -1,4 +1,4 @@
-"""What an MLA layer is: its sizes, its rotary embedding, and how both are read from a Hugging Face config."""
+"""What an MLA layer is: its sizes and its rotary embedding."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from mla_fp4_jax.errors import CheckpointError
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_DIMENSION = 1 << 24
-# model_type -> True where Hugging Face's attention is DeepSeek-V2/V3's own, pair layout and all.
-KNOWN_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
 
 
 def _require_size(where: str, name: str, value: object, *, low: int) -> None:
@@ -36,13 +34,16 @@ class RopeConfig:
 
     Attributes:
         theta: base of the frequencies.
-        rope_type: "default" or "yarn".
+        rope_type: "default", "yarn" or "longrope" (arXiv 2402.13753, with one list of factors).
         factor: YaRN's context extension, >= 1.
         original_max_position_embeddings: the context length trained before extension (YaRN).
         beta_fast, beta_slow: turns at which YaRN's ramp begins and ends.
         mscale, mscale_all_dim: None or 0 mean absent.
         attention_factor: multiplies cos and sin; None derives it from the mscales.
         truncate: floor and ceil the ramp's ends to whole dimensions.
+        frequency_divisors: LongRoPE's factors, one to a pair.
+        llama_4_scaling_beta: Mistral's temperature for long contexts: a query at position p is multiplied
+            by 1 + beta * ln(1 + floor(p / original_max_position_embeddings)); None for 1.
 
     Raises:
         ValueError: an unknown rope_type or a value out of its range.
@@ -58,16 +59,22 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
+    frequency_divisors: tuple[float, ...] | None = None
+    llama_4_scaling_beta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("default", "yarn"):
+        if self.rope_type not in ("default", "yarn", "longrope"):
             raise ValueError(
-                f"RopeConfig: rope_type must be 'default' or 'yarn'; got {self.rope_type!r}. "
+                f"RopeConfig: rope_type must be 'default', 'yarn' or 'longrope'; got {self.rope_type!r}. "
                 "Other rotary variants are not implemented."
             )
+        if (self.rope_type == "longrope") != (self.frequency_divisors is not None):
+            raise ValueError("RopeConfig: frequency_divisors must be given for longrope, and only for it.")
+        for value in self.frequency_divisors or ():
+            _require_number("RopeConfig", "frequency_divisors", value, low=0.0, inclusive=False)
         for name in ("theta", "factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
             _require_number("RopeConfig", name, getattr(self, name), low=0.0, inclusive=False)
-        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+        for name in ("mscale", "mscale_all_dim", "attention_factor", "llama_4_scaling_beta"):
             if getattr(self, name) is not None:
                 _require_number("RopeConfig", name, getattr(self, name), low=0.0, inclusive=True)
         if self.rope_type == "yarn" and self.factor < 1:
@@ -76,7 +83,7 @@ class RopeConfig:
     @property
     def softmax_mscale(self) -> float:
         """What the softmax scale is multiplied by: m(factor, mscale_all_dim)^2 under YaRN, else 1."""
-        if self.rope_type == "default" or not self.mscale_all_dim:
+        if self.rope_type != "yarn" or not self.mscale_all_dim:
             return 1.0
         return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
 
@@ -85,8 +92,8 @@ class RopeConfig:
         """What cos and sin are multiplied by (1 for DeepSeek's own configs, whose two mscales are equal)."""
         if self.rope_type == "default":
             return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
+        if self.attention_factor is not None or self.rope_type == "longrope":
+            return 1.0 if self.attention_factor is None else self.attention_factor
         if self.mscale and self.mscale_all_dim:
             return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
         return yarn_mscale(self.factor, 1.0)
@@ -111,6 +118,8 @@ class MLAConfig:
         rope_interleave: the checkpoint's rotary pairs are (x0, x1), (x2, x3), ... rather than two halves.
         layernorm_eps: of q_a_layernorm and kv_a_layernorm. Hugging Face builds both with the class default
             1e-6 whatever config.rms_norm_eps says, so from_hf leaves it alone.
+        q_scale: multiplies the queries; part of softmax_scale (LongCat: sqrt(E / Q)).
+        latent_scale: multiplies the latent after its norm, not the rope key (LongCat: sqrt(E / L)).
 
     Raises:
         ValueError: a size out of its range.
@@ -127,6 +136,8 @@ class MLAConfig:
     rope: RopeConfig = RopeConfig()
     rope_interleave: bool = True
     layernorm_eps: float = 1e-6
+    q_scale: float = 1.0
+    latent_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
@@ -139,6 +150,14 @@ class MLAConfig:
                 f"MLAConfig: qk_rope_head_dim must be even; got {self.qk_rope_head_dim}. Rotary pairs need two."
             )
         _require_number("MLAConfig", "layernorm_eps", self.layernorm_eps, low=0.0, inclusive=True)
+        for name in ("q_scale", "latent_scale"):
+            _require_number("MLAConfig", name, getattr(self, name), low=0.0, inclusive=False)
+        divisors = self.rope.frequency_divisors
+        if divisors is not None and len(divisors) != self.qk_rope_head_dim // 2:
+            raise ValueError(
+                f"MLAConfig: rope.frequency_divisors must be one to a pair of {self.qk_rope_head_dim} columns; got "
+                f"{len(divisors)}. Take them from the checkpoint's config."
+            )
 
     @property
     def qk_head_dim(self) -> int:
@@ -152,76 +171,24 @@ class MLAConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """(P + R)^-1/2, times YaRN's squared mscale. Absorption does not change it: never (L + R)^-1/2."""
-        return self.qk_head_dim**-0.5 * self.rope.softmax_mscale
+        """(P + R)^-1/2, times YaRN's squared mscale and q_scale. Absorption leaves it alone: never (L + R)^-1/2."""
+        return self.qk_head_dim**-0.5 * self.rope.softmax_mscale * self.q_scale
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> MLAConfig:
         """Read a Hugging Face config: a dict, a config.json, or a directory that holds one.
 
         Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` (real checkpoints) and
-        `rope_parameters` (transformers 5); `rope_type` wins over `type`.
+        `rope_parameters` (transformers 5); `rope_type` wins over `type`. hugging_face.py lists the families.
 
         Raises:
-            CheckpointError: no such file, not JSON, a missing or impossible value, an unknown model_type.
+            CheckpointError: no such file, not JSON, a missing or impossible value, a model_type whose attention is
+                unknown or differs in a way that is not implemented.
         """
+        from mla_fp4_jax.config.hugging_face import read_hf_config  # which makes an MLAConfig
+
         values, where = (source, "config") if isinstance(source, Mapping) else _read_json(Path(source))
-        try:
-            return _from_hf(values)
-        except CheckpointError as error:
-            raise CheckpointError(f"{where}: {error}") from None
-        except (ValueError, TypeError, OverflowError) as error:
-            raise CheckpointError(f"{where}: {error}") from error
-
-
-def _from_hf(values: Mapping[str, Any]) -> MLAConfig:
-    model_type = values.get("model_type")
-    if model_type is not None and model_type not in KNOWN_MODEL_TYPES:
-        raise CheckpointError(
-            f"model_type must be one of {', '.join(KNOWN_MODEL_TYPES)}; got {model_type!r}. "
-            "Its attention may differ from DeepSeek's; remove the key only if you know that it does not."
-        )
-    required = ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-    missing = [name for name in (*required, "qk_rope_head_dim") if values.get(name) is None]
-    if missing:
-        raise CheckpointError(f"an MLA config must have {', '.join(missing)}; found keys {sorted(values)[:40]}.")
-    if not isinstance(values.get("attention_bias") or False, bool):
-        raise CheckpointError(f"attention_bias must be true or false; got {values['attention_bias']!r}.")
-    return MLAConfig(
-        **{name: values[name] for name in required},
-        qk_rope_head_dim=values["qk_rope_head_dim"],
-        q_lora_rank=values.get("q_lora_rank"),
-        attention_bias=bool(values.get("attention_bias") or False),
-        rope=_rope_from_hf(values),
-        rope_interleave=bool(values.get("rope_interleave", True)),
-    )
-
-
-def _rope_from_hf(values: Mapping[str, Any]) -> RopeConfig:
-    settings = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(settings, Mapping):
-        raise CheckpointError(f"rope_parameters / rope_scaling must be an object; got {settings!r}.")
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
-    theta = settings.get("rope_theta", values.get("rope_theta"))
-    theta = 10000.0 if theta is None else theta
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-    if rope_type != "yarn":
-        raise CheckpointError(f"rope_type must be 'default' or 'yarn'; got {rope_type!r}, which is not implemented.")
-    optional = (
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "attention_factor",
-        "truncate",
-        "factor",
-    )
-    original = settings.get("original_max_position_embeddings") or values.get("max_position_embeddings")
-    if original is None:
-        raise CheckpointError("YaRN needs original_max_position_embeddings or max_position_embeddings.")
-    given = {name: settings[name] for name in optional if settings.get(name) is not None}
-    return RopeConfig(theta=theta, rope_type="yarn", original_max_position_embeddings=original, **given)
+        return read_hf_config(values, where).config
 
 
 def _read_json(path: Path) -> tuple[Mapping[str, Any], str]:
