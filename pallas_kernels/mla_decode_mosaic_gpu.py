@@ -37,6 +37,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels import shared_memory, wgmma
 from pallas_kernels.backend import pl
+from pallas_kernels.global_memory import store_rows
 from pallas_kernels.mosaic import ROW, TILED, WGMMA, compiler_params, plgpu
 
 L, R = 512, 64
@@ -46,8 +47,9 @@ PAIR = 2 * KEYS  # keys a step
 TILES = (L + R) // 64  # of a slot; the last is the rope's
 PAGE_SIZES = (16, 64, 128)
 MAX_TOKENS = 8
-# Of the 65536 of an SM: 2 * 128 * 224 + 128 * 64. With 232 and 40 the loading warp spills.
-COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 64
+# A block starts with 168 a thread, and waits for ever where it asks for more in all: 2 * 224 + 56 = 3 * 168.
+# With 232 and 40 the loading warp spills.
+COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 56
 LOG2_E = math.log2(math.e)
 # The reference follows the maximum when it has grown by this many powers of 2: P stays below 2^8, far inside bf16.
 SLACK = 8.0
@@ -245,36 +247,52 @@ class _Block:
 
         @pl.when(self.steps > 0)
         def _():
+            ids = self._page_ids(0)
             for slot in (0, 1):
-                self._fill(slot, self._pages(0, slot), first=True)
+                self._fill(0, slot, ids[slot], first=True)
 
-        @pl.loop(1, self.steps)
-        def _(i):
-            if self.problem.cluster == 2:
-                self._prefetch(i)
-            for slot in (0, 1):
-                self._fill(slot, self._pages(i, slot), first=False)
+            def step(i, ids):
+                # The ids of the step after this one, asked for a step before they are needed.
+                following = self._page_ids(i + 1)
+                if self.problem.cluster == 2:
+                    self._prefetch(i, ids)
+                for slot in (0, 1):
+                    self._fill(i, slot, ids[slot], first=False)
+                return following
 
-    def _pages(self, i, slot):
-        """Where the tile set of a step lies: (leading index, first row) by piece, and which of its pages exist."""
-        tile = 2 * (self.first + i) + slot
+            lax.fori_loop(1, self.steps, step, self._page_ids(1))
+
+    def _page_ids(self, i):
+        """By slot, the table's entries for a step's tile set, one a piece; none where the cache is contiguous."""
         if self.table_ref is None:
+            return [(), ()]
+        problem, width = self.problem, self.table_ref.shape[1]
+        per_page = max(1, problem.page_size // KEYS)
+
+        def entry(slot, piece):
+            tile = 2 * (self.first + i) + slot
+            column = lax.div(tile, jnp.int32(per_page)) if per_page > 1 else tile * problem.pieces + piece
+            # A step may start past the table: any page does there, none of its keys is visible.
+            return self.table_ref[self.b, jnp.minimum(column, width - 1)]
+
+        return [tuple(entry(slot, piece) for piece in range(problem.pieces)) for slot in (0, 1)]
+
+    def _places(self, i, slot, ids):
+        """Where a slot's tile set lies, (leading index, first row) by piece, and which of its pages exist."""
+        tile = 2 * (self.first + i) + slot
+        if not ids:
             return [(self.b, tile * KEYS)], None
         problem, places, present = self.problem, [], jnp.int32(0)
         per_page = max(1, problem.page_size // KEYS)
-        width = self.table_ref.shape[1]
-        for piece in range(problem.pieces):
-            column = lax.div(tile, jnp.int32(per_page)) if per_page > 1 else tile * problem.pieces + piece
-            # An odd last tile set may start past the table: any page does, none of its keys is visible.
-            page = self.table_ref[self.b, jnp.minimum(column, width - 1)]
+        row = lax.rem(tile, jnp.int32(per_page)) * KEYS if per_page > 1 else 0
+        for piece, page in enumerate(ids):
             exists = (page >= 0) & (page < problem.pages)
-            row = lax.rem(tile, jnp.int32(per_page)) * KEYS if per_page > 1 else 0
             places.append((jnp.where(exists, page, 0), row))
             present = present + exists.astype(jnp.int32) * (1 << piece)
         return places, present
 
-    def _fill(self, slot, pages, *, first):
-        places, present = pages
+    def _fill(self, i, slot, ids, *, first):
+        places, present = self._places(i, slot, ids)
         shared = dict(collective_axes="h") if self.problem.cluster == 2 else {}
 
         def copy(tile, ref):
@@ -294,9 +312,10 @@ class _Block:
             self.s["present"][slot] = present
         copy(TILES - 1, self.s["rope"].at[slot])
 
-    def _prefetch(self, i):
+    def _prefetch(self, i, ids):
         """Ask L2 for one tile set of the step; the cluster's other block asks for the other."""
-        places, _ = self._pages(i, lax.axis_index("h"))
+        mine = lax.axis_index("h")
+        places, _ = self._places(i, mine, tuple(jnp.where(mine == 0, *pair) for pair in zip(*ids)))
         for page, row in places:
             for j, ref in enumerate(self.queries):
                 columns = pl.ds(j * 256, ref.shape[1])
@@ -458,12 +477,12 @@ class _Block:
         out = wgmma.values(acc) * _columns(inverse, L // 2)
         rows, columns = pl.ds(self.index * ROWS, ROWS), pl.ds(w * (L // 2), L // 2)
         if problem.splits == 1:
-            staged = self.queries[w]
+            staged = self.queries[w]  # both warpgroups are done with the queries
             staged[...] = out.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staged, self.out_ref.at[0, self.b, rows, columns])
         else:
-            self.out_ref[self.split, self.b, rows, columns] = out
+            store_rows(self.out_ref.at[self.split, self.b, rows, columns], out, problem.rows - self.index * ROWS)
         self._meet()
         if w == 0:
             lse = (m + jnp.log(total) * LOG2_E) * (1 / LOG2_E)

@@ -235,7 +235,8 @@ def _descriptor(ref, zero, *, stride: int, leading: int = 0, offset: int = 0):
 
     address = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
     address = arith.addi(arith.addi(address, _scalar(zero.registers.item())), number(offset))
-    # Shared memory ends below 2^18: the field's 14 bits hold every address / 16.
+    # In a cluster an address also names its block, above the 18 bits that a descriptor takes.
+    address = arith.andi(address, number(0x3FFFF))
     low = arith.ori(arith.shrui(address, number(4)), number((leading >> 4) << 16))
     swizzle_128 = 1 << 30
     return low, (stride >> 4) | swizzle_128
