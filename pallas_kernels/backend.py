@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
@@ -130,3 +131,65 @@ def triton_why_not(gpu: Gpu | None) -> str | None:
     if gpu.platform == "cuda" and gpu.capability is not None and gpu.capability < (8, 0):
         return f"it needs compute capability 8.0 (bfloat16 tensor cores); {gpu.kind} has {gpu.capability}."
     return None
+
+
+def mosaic_why_not(gpu: Gpu | None) -> str | None:
+    """Why Pallas's Mosaic GPU cannot run Hopper kernels on a GPU (None: there is none), or None if it can."""
+    if gpu is None:
+        return "it needs a GPU; this process has none."
+    if gpu.platform != "cuda" or gpu.capability is None or gpu.capability[0] != 9:
+        return f"it needs a Hopper GPU (compute capability 9.0, for wgmma); this is {gpu.kind}."
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or newer; this is {jax.__version__}."
+    return None
+
+
+def mosaic_kernel(
+    program: Callable[[], str],
+    *,
+    out_shape: jax.ShapeDtypeStruct,
+    grid: int,
+    warpgroups: int,
+    shared_memory_bytes: int,
+):
+    """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
+
+    Args:
+        program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
+            shared memory (32-bit). It must mask by itself, and every thread must reach its end.
+        out_shape: of the result.
+        grid: CTAs.
+        warpgroups: of a CTA.
+        shared_memory_bytes: dynamic.
+
+    Returns:
+        A function of the operands.
+    """
+    from jax.experimental.mosaic.gpu import utils
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def inline(ctx, *memrefs):
+            del ctx
+            addresses = [
+                llvm.ptrtoint(ir.IntegerType.get_signless(32 if last else 64), utils.memref_ptr(memref))
+                for memref, last in zip(memrefs, [False] * (len(memrefs) - 1) + [True], strict=True)
+            ]
+            constraints = ",".join(["l"] * (len(memrefs) - 1) + ["r", "~{memory}"])
+            llvm.inline_asm(None, addresses, program(), constraints, has_side_effects=True)
+
+        inline(*refs)
+
+    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
+    return plgpu.kernel(
+        body,
+        out_type=out_shape,
+        scratch_types=[plgpu.SMEM((shared_memory_bytes // 4,), jnp.int32)],
+        grid=(grid,),
+        grid_names=("cta",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        **threads,
+    )

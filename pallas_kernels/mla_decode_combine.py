@@ -62,7 +62,9 @@ def combine_splits(
     )(out, lse, visible, length)
 
 
-def _kernel(out_ref, lse_ref, visible_ref, length_ref, merged_ref, merged_lse_ref, *, split_size, splits, padded, columns):
+def _kernel(
+    out_ref, lse_ref, visible_ref, length_ref, merged_ref, merged_lse_ref, *, split_size, splits, padded, columns
+):
     row, b, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     tokens = visible_ref.shape[1]
     token = jnp.arange(_next_power_of_2(tokens), dtype=jnp.int32)
@@ -80,9 +82,7 @@ def _kernel(out_ref, lse_ref, visible_ref, length_ref, merged_ref, merged_lse_re
     # Few splits are loaded at once with all else and chosen from afterwards, which saves waiting for the lengths.
     asked = split < splits if splits <= _FEW else written
     every = jnp.ones((columns,), jnp.bool_)
-    parts = pltriton.load(
-        out_ref.at[pl.ds(0, padded), b, row, column], mask=asked[:, None] & every[None], other=0.0
-    )
+    parts = pltriton.load(out_ref.at[pl.ds(0, padded), b, row, column], mask=asked[:, None] & every[None], other=0.0)
     parts = jnp.where(written[:, None], parts, 0.0)
     merged = jnp.sum(parts * weight[:, None], axis=0) / jnp.where(nothing, 1.0, total)
     pltriton.store(merged_ref.at[b, row, column], merged.astype(merged_ref.dtype))

@@ -103,8 +103,8 @@ class _Problem:
 
 
 def mla_decode_mosaic_gpu(
-    q: BFloat16[Array, "B T H L+R"],
-    entries: BFloat16[Array, "B S L+R"] | BFloat16[Array, "N page L+R"],
+    q: BFloat16[Array, "B T H LR"],
+    entries: BFloat16[Array, "B S LR"] | BFloat16[Array, "N page LR"],
     page_table: Int32[Array, "B M"] | None,
     visible: Int32[Array, "B T"],
     length: Int32[Array, "B"],
@@ -231,7 +231,7 @@ class _Block:
         held = jnp.minimum(self.length_ref[self.b], self.problem.capacity)
         return [jnp.minimum(self.visible_ref[self.b, t], held) for t in range(self.problem.tokens)]
 
-    # -- the warp that loads -------------------------------------------------------------------------------------------
+    # -- the warp that loads ---
 
     def load(self):
         plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
@@ -315,13 +315,13 @@ class _Block:
     def _prefetch(self, i, ids):
         """Ask L2 for one tile set of the step; the cluster's other block asks for the other."""
         mine = lax.axis_index("h")
-        places, _ = self._places(i, mine, tuple(jnp.where(mine == 0, *pair) for pair in zip(*ids)))
+        places, _ = self._places(i, mine, tuple(jnp.where(mine == 0, *pair) for pair in zip(*ids, strict=True)))
         for page, row in places:
             for j, ref in enumerate(self.queries):
                 columns = pl.ds(j * 256, ref.shape[1])
                 plgpu.async_prefetch(self.kv_ref.at[page, pl.ds(row, self.problem.piece), columns])
 
-    # -- the warpgroups that compute -----------------------------------------------------------------------------------
+    # -- the warpgroups that compute ---
 
     def compute(self, w: int):
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
@@ -501,15 +501,14 @@ def _columns(x, n: int):
     return lax.broadcast_in_dim(x, (x.shape[0], n), [0])
 
 
-def unsupported(
-    q, entries, page_table, *, kv_lora_rank: int
-) -> str | None:
+def unsupported(q, entries, page_table, *, kv_lora_rank: int) -> str | None:
     """Why this kernel cannot take these operands (arrays or anything with shape and dtype), or None."""
     for name, x in (("q", q), ("the cache", entries)):
         if jnp.dtype(x.dtype) != jnp.bfloat16:
             return f"{name} must be bfloat16; got {jnp.dtype(x.dtype).name}."
     if kv_lora_rank != L or entries.shape[-1] != L + R:
-        return f"entries must have L = {L} and R = {R} columns; got {kv_lora_rank} and {entries.shape[-1] - kv_lora_rank}."
+        rope = entries.shape[-1] - kv_lora_rank
+        return f"entries must have L = {L} and R = {R} columns; got {kv_lora_rank} and {rope}."
     if q.shape[1] > MAX_TOKENS:
         return f"at most {MAX_TOKENS} new tokens; got {q.shape[1]}."
     if page_table is not None and entries.shape[1] not in PAGE_SIZES:

@@ -50,8 +50,8 @@ class Config:
 
 
 def mla_decode_triton(
-    q: Float[Array, "B T H L+R"],
-    entries: Float[Array, "B S L+R"] | Float[Array, "N page L+R"],
+    q: Float[Array, "B T H LR"],
+    entries: Float[Array, "B S LR"] | Float[Array, "N page LR"],
     page_table: Int32[Array, "B M"] | None,
     visible: Int32[Array, "B T"],
     length: Int32[Array, "B"],
@@ -61,7 +61,7 @@ def mla_decode_triton(
     split_size: int,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "splits B T*H L"], Float[Array, "splits B T*H"]]:
+) -> tuple[Float[Array, "splits B rows L"], Float[Array, "splits B rows"]]:
     """The attention of this module's docstring, split by split.
 
     Args:
@@ -112,9 +112,7 @@ def mla_decode_triton(
     )(q.reshape(batch, rows, width), flat, *(() if page_table is None else (page_table,)), visible, length)
 
 
-def _kernel(
-    q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_size, capacity, page_size
-):
+def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_size, capacity, page_size):
     *table_refs, visible_ref, length_ref, out_ref, lse_ref = refs
     block, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     rows, width = q_ref.shape[1], q_ref.shape[2]
@@ -148,7 +146,9 @@ def _kernel(
             m, total, acc = state
             start = first + i * np.int32(config.block_keys)
             key = start + jnp.arange(config.block_keys, dtype=jnp.int32)
-            place, present = _places(b, start, key, key < end, table_refs, page_size, keys_ref.shape[0], capacity, config)
+            place, present = _places(
+                b, start, key, key < end, table_refs, page_size, keys_ref.shape[0], capacity, config
+            )
 
             def load_keys(column, size):
                 mask = present[:, None] & (jnp.arange(size) >= 0)[None]
@@ -176,7 +176,9 @@ def _kernel(
             jnp.zeros((config.block_rows,), jnp.float32),
             jnp.zeros((config.block_rows, rank), jnp.float32),
         )
-        steps = jax.lax.div(jnp.maximum(end - first, 0) + np.int32(config.block_keys - 1), np.int32(config.block_keys))
+        steps = jax.lax.div(
+            jnp.maximum(end - first, 0) + np.int32(config.block_keys - 1), np.int32(config.block_keys)
+        )
         m, total, acc = jax.lax.fori_loop(np.int32(0), steps, step, start)
         nothing = total == 0
         safe = jnp.where(nothing, 1.0, total)

@@ -11,9 +11,7 @@ from pallas_kernels.mosaic import SCALAR, TILED, FragmentedArray, arith, ir, llv
 def read_word(ref) -> jax.Array:
     """The first int32 of ref [1..], read now by every thread: no compiler moves the load or knows its result."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
     def read(ctx, ref):
         i32 = ir.IntegerType.get_signless(32)
         text = "ld.volatile.shared.u32 $0, [$1];"
@@ -52,7 +50,9 @@ def clear_rows(ref, kept, present, page_rows: int) -> None:
         keep = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.ne, bit, number(0)))
         offset = arith.muli(thread, number(64))
         address = arith.addi(llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref)), offset)
-        stores = [f"@!p st.shared.v4.b32 [$0+{t * 8192 + i * 16}], {{z, z, z, z}};" for t in range(tiles) for i in range(4)]
+        stores = [
+            f"@!p st.shared.v4.b32 [$0+{t * 8192 + i * 16}], {{z, z, z, z}};" for t in range(tiles) for i in range(4)
+        ]
         text = "\n".join(["{ .reg .pred p; .reg .b32 z; mov.b32 z, 0; setp.ne.b32 p, $1, 0;", *stores, "}"])
         llvm.inline_asm(
             None, [address, arith.extui(i32, keep)], text, "r,r,~{memory}", asm_dialect=0, has_side_effects=True

@@ -3,8 +3,8 @@
 Pallas offers wgmma itself. Two things need this file's own: a right-hand side of several separate tiles in one
 instruction (values come in tiles of 64 columns, and one wgmma takes 256), and descriptors that stay out of the
 registers. A descriptor is loop-invariant, so ptxas hoists all of a kernel's (about a hundred) out of the loop and
-spills them. Here each is its tile's address plus `zero`, an int32 0 that shared_memory.read_word reads once a step: nothing
-can hoist that.
+spills them. Here each is its tile's address plus `zero`, an int32 0 that shared_memory.read_word reads once a
+step: nothing can hoist that.
 
 A tile lies in 128-byte swizzle: rows of 128 bytes, groups of 8 rows a swizzle atom of 1024 bytes; tile addresses
 are multiples of 1024. Accumulators have the layout ACCUMULATOR, products are asynchronous: between a product and
@@ -92,9 +92,7 @@ def attend(acc, v_ref, zero, *, p=None, p_ref=None) -> jax.Array:
         # v's columns are contiguous and its keys are summed over: 16 of them are two atoms.
         right = _descriptor(v, zero, stride=ATOM_BYTES, leading=TILE_BYTES)
         left = p if in_registers else _descriptor(p, zero, stride=ATOM_BYTES)
-        registers = _product(
-            acc.shape[1], acc, left, right, left_step=32, right_step=2 * ATOM_BYTES, transposed=True
-        )
+        registers = _product(acc.shape[1], acc, left, right, left_step=32, right_step=2 * ATOM_BYTES, transposed=True)
         return _array(registers, acc.shape)
 
     return emit(acc, p if in_registers else p_ref, v_ref, zero)
@@ -207,9 +205,8 @@ def _product(columns, acc, left, right, *, left_step, right_step, transposed):
         else:
             lines += [f"mov.b64 dl, {{wl, {left[1]}}};"]
             side, flags = "dl", f"1, 1, 0, {int(transposed)}"
-        lines += [
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{accumulators}}}, {side}, dr, add, {flags};"
-        ]
+        instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
+        lines += [f"{instruction} {{{accumulators}}}, {side}, dr, add, {flags};"]
         if step < _STEPS - 1:
             lines += [f"add.u32 wr, wr, {right_step >> 4};"]
             if left_step:
@@ -253,9 +250,7 @@ def _array(registers, shape):
     wrapped = np.empty(len(registers), dtype=object)
     for i, register in enumerate(registers):
         wrapped[i] = vector.broadcast(one, register)
-    return FragmentedArray(
-        _registers=wrapped.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
-    )
+    return FragmentedArray(_registers=wrapped.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None)
 
 
 def _scalar(register):

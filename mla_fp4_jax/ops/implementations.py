@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 
-from pallas_kernels.backend import target_gpu, triton_why_not
+from pallas_kernels.backend import mosaic_why_not, target_gpu, triton_why_not
 
 logger = logging.getLogger("mla_fp4_jax")
 
-TRITON, XLA, INTERPRET = "triton", "xla", "triton_interpret"
-NAMES = (TRITON, XLA, INTERPRET)
+MOSAIC, TRITON, XLA, INTERPRET = "mosaic_gpu", "triton", "xla", "triton_interpret"
+NAMES = (MOSAIC, TRITON, XLA, INTERPRET)
 # What implementation=None may choose, in order of preference.
-PREFERENCE = (TRITON, XLA)
+PREFERENCE = (MOSAIC, TRITON, XLA)
 
 
 def available() -> dict[str, str | None]:
@@ -22,6 +22,8 @@ def available() -> dict[str, str | None]:
 
 def why_not(name: str) -> str | None:
     """Why an implementation cannot run on the device that is traced for, or None."""
+    if name == MOSAIC:
+        return mosaic_why_not(target_gpu())
     return triton_why_not(target_gpu()) if name == TRITON else None
 
 
