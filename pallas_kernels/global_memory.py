@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.mosaic import SCALAR, WGMMA, arith, ir, mgpu_utils, plgpu, scf, vector
+from pallas_kernels.mosaic import SCALAR, WGMMA, arith, inline, ir, mgpu_utils, plgpu, scf, vector
 
 
 def store_rows(ref, x, rows) -> None:
@@ -11,7 +11,7 @@ def store_rows(ref, x, rows) -> None:
     The others need not exist. `rows` is an int32 and may pass 64.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, SCALAR))
+    @inline(arg_types=(plgpu.RefType(), WGMMA, SCALAR))
     def emit(ctx, ref, x, rows):
         i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
 

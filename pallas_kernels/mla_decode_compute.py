@@ -11,7 +11,7 @@ from pallas_kernels import shared_memory, wgmma
 from pallas_kernels.backend import pl
 from pallas_kernels.global_memory import store_rows
 from pallas_kernels.mla_decode_block import COMPUTE_REGISTERS, KEYS, LOG2_E, LOWEST, ROWS, SLACK, TILES, Block, L
-from pallas_kernels.mosaic import ROW, WGMMA, plgpu
+from pallas_kernels.mosaic import ROW, WGMMA, load_array, plgpu
 
 
 def compute(block: Block, w: int) -> None:
@@ -47,7 +47,7 @@ def _even(block, i, carry):
     acc = _release(block, acc, 0, 0)
 
     plgpu.barrier_wait(block.shared["handed"].at[1])
-    m_odd = plgpu.load(block.shared["m_odd"], layout=ROW)
+    m_odd = load_array(block.shared["m_odd"], layout=ROW)
     kept = jnp.exp2(new_m - m_odd)
     acc = wgmma.rescale(acc, kept)
     _clear(block, 1, 0, i)
@@ -62,7 +62,7 @@ def _odd(block, i, carry):
     zero = shared_memory.read_word(block.shared["zero"])
     scores = _scores(block, 1, i, zero)
     plgpu.barrier_wait(block.shared["handed"].at[0])
-    m_even = plgpu.load(block.shared["m_even"], layout=ROW)
+    m_even = load_array(block.shared["m_even"], layout=ROW)
     kept = jnp.exp2(m - m_even)
     acc = wgmma.rescale(acc, kept)
     _clear(block, 0, 1, i)
@@ -173,7 +173,7 @@ def _finish(block, w, acc, m, total):
     _meet(block)
     sums[w][...] = total
     _meet(block)
-    total = total + plgpu.load(sums[1 - w], layout=ROW)  # each warpgroup summed its own tile sets
+    total = total + load_array(sums[1 - w], layout=ROW)  # each warpgroup summed its own tile sets
     nothing = total == 0
     inverse = jnp.where(nothing, 0.0, 1.0 / total)
     out = wgmma.values(acc) * _columns(inverse, L // 2)

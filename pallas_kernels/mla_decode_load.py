@@ -8,6 +8,7 @@ page 0 instead, and the slot's presence bits tell the warpgroups that compute to
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -82,7 +83,7 @@ def _places(block, i, slot, ids):
 
 def _fill(block, i, slot, ids, *, first):
     places, present = _places(block, i, slot, ids)
-    shared = dict(collective_axes="h") if block.problem.cluster == 2 else {}
+    shared: dict[str, Any] = dict(collective_axes="h") if block.problem.cluster == 2 else {}
 
     def copy(tile, ref):
         for piece, (page, row) in enumerate(places):

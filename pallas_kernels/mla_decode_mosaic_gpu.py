@@ -27,6 +27,7 @@ memory, so that a NaN in unused memory cannot reach 0 * NaN; a page id outside 0
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,8 @@ def mla_decode_mosaic_gpu(
         rounded up likewise. Rows that see nothing get 0 and -inf.
     """
     batch, tokens, heads, _ = q.shape
-    paged = page_table is not None
-    page_size = entries.shape[1] if paged else None
-    capacity = page_table.shape[1] * page_size if paged else entries.shape[1]
+    page_size = None if page_table is None else entries.shape[1]
+    capacity = entries.shape[1] if page_table is None else page_table.shape[1] * entries.shape[1]
     problem = Problem(batch, tokens, heads, capacity, page_size, entries.shape[0], scale, split_size)
     rows = q.reshape(batch, problem.rows, L + R)
     padding = -problem.rows % 8  # TMA takes whole groups of 8 rows; past the last it reads zeros and writes nothing
@@ -85,7 +85,7 @@ def mla_decode_mosaic_gpu(
         jax.ShapeDtypeStruct((problem.splits, batch, problem.blocks * ROWS), jnp.float32),
     ]
     groups = problem.blocks // problem.cluster
-    clusters = dict(cluster=(2,), cluster_names=("h",)) if problem.cluster == 2 else {}
+    clusters: dict[str, Any] = dict(cluster=(2,), cluster_names=("h",)) if problem.cluster == 2 else {}
 
     def mla_decode(*refs, **scratch):  # a profile shows this name
         _kernel(problem, *refs, **scratch)
@@ -100,7 +100,7 @@ def mla_decode_mosaic_gpu(
         scratch_types=shared_memory(problem),
         compiler_params=compiler_params(),
         **clusters,
-    )(rows, entries, *((page_table,) if paged else ()), visible, length)
+    )(rows, entries, *(() if page_table is None else (page_table,)), visible, length)
     return (out[:, :, : problem.rows] if single and padding else out), lse
 
 

@@ -85,7 +85,7 @@ def mla_decode_triton(
     batch, tokens, heads, width = q.shape
     rows = tokens * heads
     page_size = None if page_table is None else entries.shape[1]
-    capacity = entries.shape[1] if page_size is None else page_table.shape[1] * page_size
+    capacity = entries.shape[1] if page_table is None else page_table.shape[1] * entries.shape[1]
     splits = max(1, -(-capacity // split_size))
     config = config or default_config(rows, q.dtype)
     flat = entries.reshape(-1, width)  # one axis of keys, whatever holds them

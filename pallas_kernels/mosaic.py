@@ -5,11 +5,18 @@ Import it only where backend.mosaic_why_not allows: before jax 0.11 some of thes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
+from jaxlib.mlir import ir as _ir
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import nvvm as _nvvm
+from jaxlib.mlir.dialects import scf as _scf
+from jaxlib.mlir.dialects import vector as _vector
 
 __all__ = [
     "ACCUMULATOR",
@@ -20,7 +27,9 @@ __all__ = [
     "FragmentedArray",
     "arith",
     "compiler_params",
+    "inline",
     "ir",
+    "load_array",
     "llvm",
     "mgpu_utils",
     "nvvm",
@@ -29,7 +38,15 @@ __all__ = [
     "vector",
 ]
 
-FragmentedArray = mgpu.FragmentedArray
+# The stubs of MLIR's bindings do not describe how its builders are meant to be called.
+ir: Any = _ir
+arith: Any = _arith
+llvm: Any = _llvm
+nvvm: Any = _nvvm
+scf: Any = _scf
+vector: Any = _vector
+FragmentedArray: Any = mgpu.FragmentedArray
+load_array: Any = plgpu.load  # its second parameter is gone since jax 0.11
 # A warpgroup's [64, n] array as wgmma leaves it, in pairs of columns, and one number per row of it.
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
@@ -48,3 +65,8 @@ def compiler_params() -> plgpu.CompilerParams:
         reduction_scratch_bytes=0,
         lowering_semantics=mgpu.LoweringSemantics.Lane,
     )
+
+
+def inline(arg_types: tuple = (), return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for a function (context, *operands) that emits code; what it makes takes the operands alone."""
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic import SCALAR, TILED, FragmentedArray, arith, ir, llvm, mgpu_utils, plgpu
+from pallas_kernels.mosaic import SCALAR, TILED, FragmentedArray, arith, inline, ir, llvm, mgpu_utils, plgpu
 
 
 def read_word(ref) -> jax.Array:
     """The first int32 of ref [1..], read now by every thread: no compiler moves the load or knows its result."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
+    @inline(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
     def read(ctx, ref):
         i32 = ir.IntegerType.get_signless(32)
         text = "ld.volatile.shared.u32 $0, [$1];"
@@ -35,7 +35,7 @@ def clear_rows(ref, kept, present, page_rows: int) -> None:
     """
     tiles = ref.shape[0]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(TILED), SCALAR, SCALAR))
+    @inline(arg_types=(plgpu.RefType(TILED), SCALAR, SCALAR))
     def emit(ctx, ref, kept, present):
         i32 = ir.IntegerType.get_signless(32)
 

@@ -27,6 +27,7 @@ from pallas_kernels.mosaic import (
     WGMMA,
     FragmentedArray,
     arith,
+    inline,
     ir,
     llvm,
     mgpu_utils,
@@ -64,10 +65,10 @@ def scores(q_ref, k_ref, zero, acc=None, *, q_tile: int = 0, q_tiles: int = 1) -
         return _product(TILE, registers, left, right, left_step=32, right_step=32, transposed=False)
 
     if acc is None:
-        return plgpu.inline_mgpu(arg_types=reads, return_type=out)(
+        return inline(arg_types=reads, return_type=out)(
             lambda ctx, q, k, zero: _array(emit(q, k, zero, None), (ROWS, TILE))
         )(q_ref, k_ref, zero)
-    return plgpu.inline_mgpu(arg_types=(*reads, ACCUMULATOR), return_type=out)(
+    return inline(arg_types=(*reads, ACCUMULATOR), return_type=out)(
         lambda ctx, q, k, zero, acc: _array(emit(q, k, zero, acc), (ROWS, TILE))
     )(q_ref, k_ref, zero, acc)
 
@@ -84,7 +85,7 @@ def attend(acc, v_ref, zero, *, p=None, p_ref=None) -> jax.Array:
     """
     in_registers = p is not None
 
-    @plgpu.inline_mgpu(
+    @inline(
         arg_types=(ACCUMULATOR, WGMMA if in_registers else plgpu.RefType(TILED), plgpu.RefType(TILED), SCALAR),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=ACCUMULATOR),
     )
@@ -101,9 +102,7 @@ def attend(acc, v_ref, zero, *, p=None, p_ref=None) -> jax.Array:
 def wait(acc) -> jax.Array:
     """The accumulator once every product of this warpgroup is done."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=ACCUMULATOR)
-    )
+    @inline(arg_types=(ACCUMULATOR,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=ACCUMULATOR))
     def emit(ctx, acc):
         # The registers pass through the instruction, so that nothing that uses them moves before it.
         f32 = ir.F32Type.get()
@@ -120,9 +119,7 @@ def wait(acc) -> jax.Array:
 def values(acc) -> jax.Array:
     """A waited-for accumulator as an ordinary array in the WGMMA layout."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(ACCUMULATOR,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA)
-    )
+    @inline(arg_types=(ACCUMULATOR,), return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=WGMMA))
     def convert(ctx, acc):
         return acc.to_layout(WGMMA.to_mgpu())
 
@@ -132,7 +129,7 @@ def values(acc) -> jax.Array:
 def zeros(columns: int) -> jax.Array:
     """An accumulator [64, columns] of zeros."""
 
-    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, layout=ACCUMULATOR))
+    @inline(return_type=plgpu.ShapeDtypeStruct((ROWS, columns), jnp.float32, layout=ACCUMULATOR))
     def make(ctx):
         f32 = ir.F32Type.get()
         zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
@@ -149,7 +146,7 @@ def rescale(acc, factor) -> jax.Array:
         factor: float32 [64], in the layout of a WGMMA array's rows.
     """
 
-    @plgpu.inline_mgpu(
+    @inline(
         arg_types=(ACCUMULATOR, ROW),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=ACCUMULATOR),
     )
