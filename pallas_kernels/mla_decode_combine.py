@@ -68,24 +68,26 @@ def _kernel(
     row, b, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     tokens = visible_ref.shape[1]
     token = jnp.arange(_next_power_of_2(tokens), dtype=jnp.int32)
-    visible = pltriton.load(visible_ref.at[b, pl.ds(0, token.shape[0])], mask=token < tokens, other=0)
+    visible = pltriton.load(visible_ref.at[b, token], mask=token < tokens, other=0)
     most = jnp.minimum(jnp.max(visible), length_ref[b])
     split = jnp.arange(padded, dtype=jnp.int32)
     written = (split < splits) & (split * np.int32(split_size) < most)
-    lse = pltriton.load(lse_ref.at[pl.ds(0, padded), b, row], mask=written, other=-jnp.inf)
+    lse = pltriton.load(lse_ref.at[split, b, row], mask=written, other=-jnp.inf)
     highest = jnp.max(lse)
     # A row that sees nothing has no maximum; any finite one keeps every weight at 0.
     weight = jnp.exp(lse - jnp.where(highest == -jnp.inf, 0.0, highest))
     total = jnp.sum(weight)
     nothing = total == 0
-    column = pl.ds(part * columns, columns)
+    column = part * np.int32(columns) + jnp.arange(columns, dtype=jnp.int32)
     # Few splits are loaded at once with all else and chosen from afterwards, which saves waiting for the lengths.
     asked = split < splits if splits <= _FEW else written
-    every = jnp.ones((columns,), jnp.bool_)
-    parts = pltriton.load(out_ref.at[pl.ds(0, padded), b, row, column], mask=asked[:, None] & every[None], other=0.0)
+    every = column >= 0
+    parts = pltriton.load(
+        out_ref.at[split[:, None], b, row, column[None, :]], mask=asked[:, None] & every[None, :], other=0.0
+    )
     parts = jnp.where(written[:, None], parts, 0.0)
     merged = jnp.sum(parts * weight[:, None], axis=0) / jnp.where(nothing, 1.0, total)
-    pltriton.store(merged_ref.at[b, row, column], merged.astype(merged_ref.dtype))
+    pltriton.store(merged_ref.at[b, row, pl.ds(part * np.int32(columns), columns)], merged.astype(merged_ref.dtype))
 
     @pl.when(part == 0)
     def _():

@@ -15,16 +15,13 @@ from jax import lax
 
 from pallas_kernels.backend import pl
 from pallas_kernels.mla_decode_block import KEYS, LOADER_REGISTERS, ROWS, TILES, Block
-from pallas_kernels.mosaic import plgpu
+from pallas_kernels.mosaic import in_first_warp, plgpu
 
 
 def load(block: Block) -> None:
     """The third warpgroup's whole work, done by its first warp."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-    def _():
-        pl.when(lax.axis_index("warp") == 0)(functools.partial(_produce, block))
+    in_first_warp(functools.partial(_produce, block))
 
 
 def _produce(block):

@@ -120,7 +120,7 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_si
     held = jnp.minimum(length_ref[b], np.int32(capacity))
 
     token = jnp.arange(_next_power_of_2(tokens), dtype=jnp.int32)
-    visible = pltriton.load(visible_ref.at[b, pl.ds(0, token.shape[0])], mask=token < tokens, other=0)
+    visible = pltriton.load(visible_ref.at[b, token], mask=token < tokens, other=0)
     most = jnp.minimum(jnp.max(visible), held)
     first = split * np.int32(split_size)
     end = jnp.minimum(first + np.int32(split_size), most)

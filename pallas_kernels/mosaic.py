@@ -5,9 +5,12 @@ Import it only where backend.mosaic_why_not allows: before jax 0.11 some of thes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -27,6 +30,7 @@ __all__ = [
     "FragmentedArray",
     "arith",
     "compiler_params",
+    "in_first_warp",
     "inline",
     "ir",
     "load_array",
@@ -65,6 +69,18 @@ def compiler_params() -> plgpu.CompilerParams:
         reduction_scratch_bytes=0,
         lowering_semantics=mgpu.LoweringSemantics.Lane,
     )
+
+
+def in_first_warp(body: Callable[[], None]) -> None:
+    """Trace body for the first warp of the warpgroup alone."""
+    with warnings.catch_warnings():
+        # jax 0.12 deprecates the name in favour of one that 0.11 lacks.
+        warnings.filterwarnings("ignore", "jax.experimental.pallas.core_map is deprecated", DeprecationWarning)
+        core_map = pl.core_map
+
+    @core_map(plgpu.WarpMesh(axis_name="warp"))
+    def _():
+        pl.when(lax.axis_index("warp") == 0)(body)
 
 
 def inline(arg_types: tuple = (), return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
