@@ -1,0 +1,53 @@
+"""What a measurement was made with: commit, versions, device, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+_DISTRIBUTIONS = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch", "triton")
+
+
+def describe(commit: str | None = None) -> dict[str, object]:
+    """Everything a reader needs to tell two results apart.
+
+    Args:
+        commit: None to ask git, which a copy of the tree without its history cannot answer.
+    """
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git_commit() if commit is None else commit,
+        "device": device.device_kind,
+        "devices": len(jax.devices()),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _DISTRIBUTIONS if (version := _version(name))},
+        "driver": _driver(),
+    }
+
+
+def _git_commit() -> str | None:
+    return _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"])
+
+
+def _driver() -> str | None:
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
