@@ -60,11 +60,19 @@ def test_the_triton_kernel_lowers(platform, dtype, tokens, heads, page, rank, ro
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU needs jax 0.11")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_the_mosaic_kernel_lowers_and_is_chosen(config):
+def test_the_mosaic_kernel_lowers(config):
     batch, tokens, heads, capacity, page, split_size = config
-    text = lowered("cuda", *operands(batch, tokens, heads, capacity, page), split_size=split_size)
+    args = operands(batch, tokens, heads, capacity, page)
+    text = lowered("cuda", *args, split_size=split_size, implementation="mosaic_gpu")
     assert "mosaic_gpu" in text
     assert ("xla.gpu.triton" in text) == (split_size < capacity)  # the combine step
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU needs jax 0.11")
+def test_the_mosaic_kernel_is_chosen_where_it_can_run():
+    args = operands(2, 1, 16, 2048, 64)
+    assert "mosaic_gpu" in lowered("cuda", *args)
+    assert "mosaic_gpu" not in lowered("rocm", *args)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU needs jax 0.11")
