@@ -26,6 +26,7 @@ from mla_fp4_jax import attention, rope
 from mla_fp4_jax.cache import Cache
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
+from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
 from mla_fp4_jax.projections import expand_kv_b, k_up_proj, linear, v_up_proj
 from mla_fp4_jax.weights import MLAWeights
 
@@ -101,20 +102,26 @@ def mla_decode(
     lengths: Int[Array, "B"] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
+    attention_implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """Append T new tokens per sequence (1, or a few speculated) and attend in latent space.
 
     Arguments, results and errors as mla_prefill's; `lengths` 0 marks a sequence that takes no part in this
     step. The two differ in the order of operations only: here W_K and W_V are absorbed into the query and the
-    output, so that the cache is read once for all heads.
+    output, so that the cache is read once for all heads. `attention_implementation` is ops.mla_decode's.
     """
     step = _begin(
         weights, x, cache, config, positions, _active("mla_decode", x, lengths, None), dtype, implementation
     )
     q_latent = k_up_proj(step.q, weights.kv_b_proj, config.qk_nope_head_dim, implementation=implementation)
-    attended, _ = attention.absorbed_attention(
-        jnp.concatenate([q_latent, step.q_rope], axis=-1), step.cache, step.visible, config.softmax_scale
-    )
+    with jax.named_scope("mla/attention"):
+        attended = latent_attention(
+            jnp.concatenate([q_latent, step.q_rope], axis=-1),
+            step.cache,
+            step.visible,
+            scale=config.softmax_scale,
+            implementation=attention_implementation,
+        )
     heads = v_up_proj(attended, weights.kv_b_proj, config.v_head_dim, implementation=implementation)
     return _finish(weights, heads, step, implementation)
 

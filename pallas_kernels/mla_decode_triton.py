@@ -1,0 +1,236 @@
+"""MLA's latent attention for decoding, in Pallas Triton: any GPU of compute capability 8.0 or later, and ROCm.
+
+    out[b, r] = softmax_s(scale q[b, r] . entry[b, s]) entry[b, s, :L]
+
+The rows r = (t, h) of a sequence, T tokens of H heads, share every entry. A program takes block_rows rows and one
+split of the keys, in steps of block_keys: scores from the latent and the rope columns, an online softmax, and the
+latent again as values, from registers. mla_decode_combine merges the splits, whose size is fixed, so that a
+sequence's result does not depend on the rest of the batch.
+
+Every load is masked: keys past what the sequence sees or on pages that do not exist read as 0 and score -inf, so
+unused memory may hold NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.backend import pl, pltriton
+
+LOG2_E = math.log2(math.e)
+# Below every score and finite: a row without keys gives exp2(-inf - LOWEST) = 0, never NaN.
+LOWEST = float(np.finfo(np.float32).min)
+_INT32_ELEMENTS = 2**31
+_DTYPES = ("bfloat16", "float16", "float32")
+_CACHE_DTYPES = (*_DTYPES, "float8_e4m3fn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is tiled.
+
+    Attributes:
+        block_rows: query rows a program, a power of 2 of at least 16.
+        block_keys: keys a step, likewise.
+        num_warps: warps a program.
+        num_stages: steps whose loads are in flight at once.
+    """
+
+    block_rows: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def mla_decode_triton(
+    q: Float[Array, "B T H LR"],
+    entries: Float[Array, "B S LR"] | Float[Array, "N page LR"],
+    page_table: Int32[Array, "B M"] | None,
+    visible: Int32[Array, "B T"],
+    length: Int32[Array, "B"],
+    *,
+    kv_lora_rank: int,
+    scale: float,
+    split_size: int,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "splits B rows L"], Float[Array, "splits B rows"]]:
+    """The attention of this module's docstring, split by split.
+
+    Args:
+        q: latent then rope queries; bfloat16, float16 or float32.
+        entries: a contiguous cache, or pages; of those dtypes or float8_e4m3fn.
+        page_table: the page of keys m * page .. of a sequence; None where the cache is contiguous. Ids outside
+            0 .. N-1 are no page.
+        visible: row (b, t) sees the keys 0 .. visible[b, t] - 1 that the cache holds.
+        length: keys a sequence holds.
+        kv_lora_rank: L.
+        scale: the softmax scale.
+        split_size: keys a split, a multiple of 128.
+        config: tiles; None for default_config.
+        interpret: run in Pallas's interpreter.
+
+    Returns:
+        Each split's normalised output, in q's dtype where there is one split, else float32, and its natural-log
+        LSE in float32; both unwritten where a split starts past all that its sequence sees. Rows that see nothing
+        get 0 and -inf.
+    """
+    batch, tokens, heads, width = q.shape
+    rows = tokens * heads
+    page_size = None if page_table is None else entries.shape[1]
+    capacity = entries.shape[1] if page_table is None else page_table.shape[1] * entries.shape[1]
+    splits = max(1, -(-capacity // split_size))
+    config = config or default_config(rows, q.dtype)
+    flat = entries.reshape(-1, width)  # one axis of keys, whatever holds them
+    kernel = functools.partial(
+        _kernel,
+        config=config,
+        rank=kv_lora_rank,
+        heads=heads,
+        scale=scale,
+        split_size=split_size,
+        capacity=capacity,
+        page_size=page_size,
+    )
+    return pl.pallas_call(
+        kernel,
+        out_shape=[
+            jax.ShapeDtypeStruct((splits, batch, rows, kv_lora_rank), q.dtype if splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((splits, batch, rows), jnp.float32),
+        ],
+        grid=(-(-rows // config.block_rows), splits, batch),
+        compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name="mla_decode",
+    )(q.reshape(batch, rows, width), flat, *(() if page_table is None else (page_table,)), visible, length)
+
+
+def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_size, capacity, page_size):
+    *table_refs, visible_ref, length_ref, out_ref, lse_ref = refs
+    block, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    rows, width = q_ref.shape[1], q_ref.shape[2]
+    tokens, splits = visible_ref.shape[1], out_ref.shape[0]
+    held = jnp.minimum(length_ref[b], np.int32(capacity))
+
+    token = jnp.arange(_next_power_of_2(tokens), dtype=jnp.int32)
+    visible = pltriton.load(visible_ref.at[b, token], mask=token < tokens, other=0)
+    most = jnp.minimum(jnp.max(visible), held)
+    first = split * np.int32(split_size)
+    end = jnp.minimum(first + np.int32(split_size), most)
+
+    @pl.when((first < most) | (splits == 1))
+    def _():
+        row = block * np.int32(config.block_rows) + jnp.arange(config.block_rows, dtype=jnp.int32)
+        in_rows = row < rows
+        row_token = jnp.where(in_rows, jax.lax.div(row, np.int32(heads)), 0)
+        seen = jnp.minimum(pltriton.load(visible_ref.at[b, row_token], mask=in_rows, other=0), held)
+        row_slice = pl.ds(block * np.int32(config.block_rows), config.block_rows)
+
+        def load_q(start, size):
+            mask = in_rows[:, None] & (jnp.arange(size) >= 0)[None]
+            return pltriton.load(q_ref.at[b, row_slice, pl.ds(start, size)], mask=mask, other=0)
+
+        q_latent = load_q(0, rank)
+        q_rope = load_q(rank, width - rank) if width > rank else None
+        precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+        dot = functools.partial(pltriton.dot, precision=precision)
+
+        def step(i, state):
+            m, total, acc = state
+            start = first + i * np.int32(config.block_keys)
+            key = start + jnp.arange(config.block_keys, dtype=jnp.int32)
+            place, present = _places(
+                b, start, key, key < end, table_refs, page_size, keys_ref.shape[0], capacity, config
+            )
+
+            def load_keys(column, size):
+                mask = present[:, None] & (jnp.arange(size) >= 0)[None]
+                if isinstance(place, jax.Array):
+                    at = keys_ref.at[place[:, None], column + jnp.arange(size, dtype=jnp.int32)[None]]
+                else:
+                    at = keys_ref.at[place, pl.ds(column, size)]
+                loaded = pltriton.load(at, mask=mask, other=0)
+                return loaded.astype(jnp.float32).astype(q_ref.dtype) if loaded.dtype != q_ref.dtype else loaded
+
+            latent = load_keys(0, rank)
+            scores = dot(q_latent, latent.T)
+            if q_rope is not None:
+                scores = scores + dot(q_rope, load_keys(rank, width - rank).T)
+            shown = present[None, :] & (key[None, :] < seen[:, None])
+            scores = jnp.where(shown, scores * (scale * LOG2_E), -jnp.inf)
+            new_m = jnp.maximum(m, jnp.max(scores, axis=1))
+            p = jnp.exp2(scores - new_m[:, None])
+            kept = jnp.exp2(m - new_m)
+            acc = acc * kept[:, None] + dot(p.astype(q_ref.dtype), latent)
+            return new_m, total * kept + jnp.sum(p, axis=1), acc
+
+        start = (
+            jnp.full((config.block_rows,), LOWEST, jnp.float32),
+            jnp.zeros((config.block_rows,), jnp.float32),
+            jnp.zeros((config.block_rows, rank), jnp.float32),
+        )
+        steps = jax.lax.div(
+            jnp.maximum(end - first, 0) + np.int32(config.block_keys - 1), np.int32(config.block_keys)
+        )
+        m, total, acc = jax.lax.fori_loop(np.int32(0), steps, step, start)
+        nothing = total == 0
+        safe = jnp.where(nothing, 1.0, total)
+        out = acc / safe[:, None]
+        lse = jnp.where(nothing, -jnp.inf, m * (1 / LOG2_E) + jnp.log(safe))
+        mask = in_rows[:, None] & (jnp.arange(rank) >= 0)[None]
+        pltriton.store(out_ref.at[split, b, row_slice, pl.ds(0, rank)], out.astype(out_ref.dtype), mask=mask)
+        pltriton.store(lse_ref.at[split, b, row_slice], lse, mask=in_rows)
+
+
+def _places(b, start, key, wanted, table_refs, page_size, total, capacity, config: Config):
+    """Where the keys of a step lie among all keys, and which of them exist."""
+    if page_size is None:
+        return pl.ds(b * np.int32(capacity) + start, config.block_keys), wanted
+    (table_ref,) = table_refs
+    pages = total // page_size
+    if page_size % config.block_keys == 0:  # one page holds the whole step
+        page = table_ref[b, jnp.minimum(jax.lax.div(start, np.int32(page_size)), table_ref.shape[1] - 1)]
+        exists = (page >= 0) & (page < pages)
+        first = jnp.where(exists, page, 0) * np.int32(page_size) + jax.lax.rem(start, np.int32(page_size))
+        return pl.ds(first, config.block_keys), wanted & exists
+    column = jnp.where(wanted, jax.lax.div(key, np.int32(page_size)), 0)
+    page = pltriton.load(table_ref.at[b, column], mask=wanted, other=-1)
+    present = wanted & (page >= 0) & (page < pages)
+    return jnp.where(present, page * np.int32(page_size) + jax.lax.rem(key, np.int32(page_size)), 0), present
+
+
+def default_config(rows: int, dtype) -> Config:
+    """Tiles for the rows that share a cache entry, in q's dtype."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return Config(16, 16, 8, 1)
+    if rows <= 16:
+        return Config(16, 32, 4, 2)
+    if rows <= 32:
+        return Config(32, 32, 4, 2)
+    return Config(64, 32, 8, 2)
+
+
+def unsupported(q, entries, page_table, *, kv_lora_rank: int) -> str | None:
+    """Why this kernel cannot take these operands (arrays or anything with shape and dtype), or None."""
+    if jnp.dtype(q.dtype).name not in _DTYPES:
+        return f"q must be one of {', '.join(_DTYPES)}; got {jnp.dtype(q.dtype).name}."
+    if jnp.dtype(entries.dtype).name not in _CACHE_DTYPES:
+        return f"the cache must be one of {', '.join(_CACHE_DTYPES)}; got {jnp.dtype(entries.dtype).name}."
+    rope = entries.shape[-1] - kv_lora_rank
+    for name, size in (("L", kv_lora_rank), ("R", rope)):
+        if size & (size - 1) or 0 < size < 16:
+            return f"{name} must be a power of 2 of at least 16; got {size}."
+    if math.prod(entries.shape) >= _INT32_ELEMENTS:
+        return f"the cache must have fewer than 2^31 elements (offsets are 32 bits); got {math.prod(entries.shape)}."
+    return None
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

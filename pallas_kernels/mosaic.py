@@ -1,0 +1,88 @@
+"""Mosaic GPU's names, in one place: what Pallas exports, and the little of its inside that the kernels here use.
+
+Import it only where backend.mosaic_why_not allows: before jax 0.11 some of these names do not exist.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir as _ir
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import nvvm as _nvvm
+from jaxlib.mlir.dialects import scf as _scf
+from jaxlib.mlir.dialects import vector as _vector
+
+__all__ = [
+    "ACCUMULATOR",
+    "ROW",
+    "SCALAR",
+    "TILED",
+    "WGMMA",
+    "FragmentedArray",
+    "arith",
+    "compiler_params",
+    "in_first_warp",
+    "inline",
+    "ir",
+    "load_array",
+    "llvm",
+    "mgpu_utils",
+    "nvvm",
+    "plgpu",
+    "scf",
+    "vector",
+]
+
+# The stubs of MLIR's bindings do not describe how its builders are meant to be called.
+ir: Any = _ir
+arith: Any = _arith
+llvm: Any = _llvm
+nvvm: Any = _nvvm
+scf: Any = _scf
+vector: Any = _vector
+FragmentedArray: Any = mgpu.FragmentedArray
+load_array: Any = plgpu.load  # its second parameter is gone since jax 0.11
+# A warpgroup's [64, n] array as wgmma leaves it, in pairs of columns, and one number per row of it.
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)
+# The same elements in the same threads, one register each: what an unfinished product must stay in.
+ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
+SCALAR = plgpu.Layout.WG_SPLAT(())
+# bf16 in shared memory as TMA writes and wgmma reads it: 8 rows of 128 bytes an atom, 128-byte swizzle.
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """For kernels that place every barrier themselves, with exp2 as the hardware has it (2 ulp)."""
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=mgpu.LoweringSemantics.Lane,
+    )
+
+
+def in_first_warp(body: Callable[[], None]) -> None:
+    """Trace body for the first warp of the warpgroup alone."""
+    with warnings.catch_warnings():
+        # jax 0.12 deprecates the name in favour of one that 0.11 lacks.
+        warnings.filterwarnings("ignore", "jax.experimental.pallas.core_map is deprecated", DeprecationWarning)
+        core_map = pl.core_map
+
+    @core_map(plgpu.WarpMesh(axis_name="warp"))
+    def _():
+        pl.when(lax.axis_index("warp") == 0)(body)
+
+
+def inline(arg_types: tuple = (), return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator for a function (context, *operands) that emits code; what it makes takes the operands alone."""
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)

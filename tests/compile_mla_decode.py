@@ -1,0 +1,88 @@
+"""Compile every configuration of the Mosaic decode kernel for an H100 that need not be there; print what ptxas says.
+
+Run by test_mla_decode_compile.py in a process of its own, because the dump folder is read from the environment once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+CONFIGS = [
+    # B, T, H, capacity, page size (0: contiguous), split size
+    (4, 1, 128, 4096, 0, 2048),
+    (4, 1, 128, 4096, 0, 4096),
+    (4, 1, 128, 4096, 64, 2048),
+    (4, 1, 128, 4096, 64, 4096),
+    (4, 1, 128, 4096, 128, 2048),
+    (4, 1, 128, 4096, 16, 2048),
+    (4, 1, 64, 4096, 64, 2048),
+    (4, 1, 32, 4096, 64, 4096),
+    (4, 3, 20, 4096, 128, 2048),
+    (4, 1, 16, 4096, 64, 1024),
+    (4, 1, 8, 4096, 16, 4096),
+    (4, 8, 128, 4096, 64, 2048),
+]
+
+
+def main() -> None:
+    folder = pathlib.Path(tempfile.mkdtemp())
+    os.environ.update(
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+        JAX_PLATFORMS="cpu",
+        MOSAIC_GPU_DUMP_TO=str(folder),
+        MOSAIC_GPU_DUMP_PTXAS="1",
+    )
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from pallas_kernels.backend import abstract_gpu
+    from pallas_kernels.mla_decode_mosaic_gpu import mla_decode_mosaic_gpu
+
+    config = (pathlib.Path(__file__).parent / "data" / "h100_target_config.txt").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+
+    def shape(dims, dtype):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+    results = []
+    for batch, tokens, heads, capacity, page, split_size in CONFIGS:
+        for old in folder.iterdir():
+            old.unlink()
+        columns = capacity // page if page else 0
+        entries = (batch * columns, page, 576) if page else (batch, capacity, 576)
+        operands = [shape((batch, tokens, heads, 576), jnp.bfloat16), shape(entries, jnp.bfloat16)]
+        operands += [shape((batch, columns), jnp.int32)] if page else []
+        operands += [shape((batch, tokens), jnp.int32), shape((batch,), jnp.int32)]
+
+        def call(q, entries, *rest, paged=bool(page), split_size=split_size):
+            *table, visible, length = rest
+            table = table[0] if paged else None
+            return mla_decode_mosaic_gpu(q, entries, table, visible, length, scale=0.07, split_size=split_size)
+
+        with abstract_gpu():
+            compiled = jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).compile()
+        (report,) = [path.read_text() for path in folder.glob("*.ptxas")]
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert spills is not None, report
+        results.append(
+            {
+                "spill_stores": int(spills[1]),
+                "spill_loads": int(spills[2]),
+                "serialised": "C7514" in report,
+                "ignored_registers": "C7508" in report,
+                "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            }
+        )
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

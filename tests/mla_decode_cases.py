@@ -1,0 +1,129 @@
+"""Caches with poison where nothing lies, a float64 oracle of the latent attention, and how far a kernel may stray."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from mla_fp4_jax.cache import Cache, LatentCache, PagedLatentCache
+
+SCALE = 192**-0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of mla_decode: sizes, and what its cache looks like.
+
+    Attributes:
+        lengths: keys a sequence holds, the new tokens' own included.
+        page: page size; None for a contiguous cache.
+        bad_pages: replace some page ids by ones that are no page.
+    """
+
+    lengths: tuple[int, ...]
+    tokens: int = 1
+    heads: int = 3
+    rank: int = 32
+    rope: int = 16
+    capacity: int = 0
+    page: int | None = None
+    bad_pages: bool = False
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        kind = "contiguous" if self.page is None else f"page{self.page}" + "bad" * self.bad_pages
+        return f"{self.dtype}-{kind}-T{self.tokens}-H{self.heads}-L{self.rank}-" + "_".join(map(str, self.lengths))
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """The call's operands, and the entries each sequence sees as float64, None where there is none."""
+
+    q: jnp.ndarray
+    cache: Cache
+    visible: jnp.ndarray
+    entries: list[list[np.ndarray | None]]
+
+
+def build(case: Case, rng: np.random.Generator) -> Built:
+    batch, width = len(case.lengths), case.rank + case.rope
+    dtype = jnp.dtype(case.dtype)
+    capacity = case.capacity or max(*case.lengths, 1)
+    lengths = np.array(case.lengths, np.int32)
+    steps = np.arange(case.tokens)[None]
+    visible = np.maximum(lengths[:, None] - case.tokens + 1 + steps, 0).astype(np.int32)
+    q = rounded(rng.standard_normal((batch, case.tokens, case.heads, width)) * 2, dtype)
+
+    if case.page is None:
+        stored = np.full((batch, capacity, width), np.nan, np.float32)
+        entries = []
+        for b, length in enumerate(case.lengths):
+            stored[b, :length] = rounded(rng.standard_normal((length, width)), dtype)
+            entries.append(list(stored[b, :length].astype(np.float64)))
+        cache: Cache = LatentCache(jnp.asarray(stored, dtype), jnp.asarray(lengths), case.rank)
+        return Built(jnp.asarray(q, dtype), cache, jnp.asarray(visible), entries)
+
+    columns = -(-capacity // case.page)
+    number = batch * columns + 2
+    stored = np.full((number, case.page, width), np.nan, np.float32)
+    table = rng.permutation(number)[: batch * columns].reshape(batch, columns).astype(np.int32)
+    for b, length in enumerate(case.lengths):
+        for s in range(length):
+            stored[table[b, s // case.page], s % case.page] = rounded(rng.standard_normal(width), dtype)
+    if case.bad_pages:
+        table[0, 0] = -1
+        table[-1, min(1, columns - 1)] = number
+        table[batch // 2, -1] = np.iinfo(np.int32).max
+    entries = []
+    for b, length in enumerate(case.lengths):
+        pages = [table[b, s // case.page] for s in range(length)]
+        entries.append(
+            [stored[p, s % case.page].astype(np.float64) if 0 <= p < number else None for s, p in enumerate(pages)]
+        )
+    cache = PagedLatentCache(jnp.asarray(stored, dtype), jnp.asarray(table), jnp.asarray(lengths), case.rank)
+    return Built(jnp.asarray(q, dtype), cache, jnp.asarray(visible), entries)
+
+
+def rounded(x: np.ndarray, dtype) -> np.ndarray:
+    """x as float32, after rounding to dtype."""
+    return np.asarray(jnp.asarray(x.astype(np.float32), dtype).astype(jnp.float32))
+
+
+def check(out, lse, case: Case, built: Built) -> None:
+    """Assert that a result is the oracle's, within what float32 sums and the dtype's roundings can do.
+
+    Let u be the unit roundoff of the dtype (2^-9 for bfloat16). A score is a sum of D products in float32, on tensor
+    cores with truncation, so off by at most ds = 2 D 2^-24 scale sum |q k|; an exponential by its own 2^-22 and by
+    what the score moves it. Rounding a probability moves the output by at most u sum p |v| / sum p, and so on:
+
+        |out - exact| <= (u + 2 ds + S 2^-23 + 2^-20) sum p |v| / sum p + u |exact|
+        |lse - exact| <= ds + S 2^-23 + 2^-21 (1 + |exact|)
+    """
+    out = np.asarray(jnp.asarray(out).astype(jnp.float32), np.float64)
+    lse = np.asarray(lse, np.float64)
+    q = np.asarray(built.q.astype(jnp.float32), np.float64)
+    visible = np.asarray(built.visible)
+    unit = float(jnp.finfo(case.dtype).eps) / 2
+    assert out.shape == (*q.shape[:3], case.rank) and lse.shape == q.shape[:3]
+    for b, t in np.ndindex(*q.shape[:2]):
+        seen = [entry for entry in built.entries[b][: visible[b, t]] if entry is not None]
+        if not seen:
+            assert np.all(out[b, t] == 0), f"sequence {b}, token {t} sees nothing"
+            assert np.all(np.isneginf(lse[b, t]))
+            continue
+        keys = np.stack(seen)
+        scores = q[b, t] @ keys.T * SCALE
+        highest = scores.max(-1, keepdims=True)
+        p = np.exp(scores - highest)
+        total = p.sum(-1, keepdims=True)
+        exact, exact_lse = p @ keys[:, : case.rank] / total, (highest + np.log(total))[:, 0]
+        around = p @ np.abs(keys[:, : case.rank]) / total
+        drift = 2 * keys.shape[1] * 2.0**-24 * SCALE * (np.abs(q[b, t]) @ np.abs(keys).T).max(-1, keepdims=True)
+        sums = len(seen) * 2.0**-23
+        limit = (unit + 2 * drift + sums + 2.0**-20) * around + unit * np.abs(exact)
+        # Splits and their merging round twice more, in float32.
+        assert np.all(np.abs(out[b, t] - exact) <= limit + 2.0**-21 * around), f"sequence {b}, token {t}"
+        lse_limit = drift[:, 0] + sums + 2.0**-21 * (1 + np.abs(exact_lse))
+        assert np.all(np.abs(lse[b, t] - exact_lse) <= lse_limit), f"LSE of sequence {b}, token {t}"

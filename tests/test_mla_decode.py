@@ -1,0 +1,144 @@
+"""mla_decode on a CPU: XLA and the Triton kernel in the interpreter against the float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mla_decode_cases import SCALE, Case, build, check
+
+from mla_fp4_jax.ops import mla_decode
+from pallas_kernels.split_plan import STEP, choose_split_size
+
+IMPLEMENTATIONS = ("xla", "triton_interpret")
+CASES = (
+    Case((0, 1, 15, 16, 17, 300)),
+    Case((0, 1, 15, 16, 17, 40), page=16, dtype="float32"),
+    Case((0, 1, 63, 64, 65, 192), page=64, heads=20),
+    Case((0, 1, 127, 128, 129, 200), page=128, rope=0),
+    Case((2, 33, 130), tokens=3, heads=20, page=64),
+    Case((8, 9, 40), tokens=8, heads=2, page=16, dtype="float32"),
+    Case((3, 5, 9), tokens=2, page=1),
+    Case((40, 100, 129), page=16, bad_pages=True),
+    Case((40, 100, 193), page=64, bad_pages=True, tokens=2),
+    Case((130, 7), tokens=4, capacity=512),
+)
+
+
+def run(built, *, implementation, split_size=None):
+    call = functools.partial(
+        mla_decode, scale=SCALE, return_lse=True, split_size=split_size, implementation=implementation
+    )
+    return jax.jit(call)(built.q, built.cache, built.visible)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_the_oracle(case, implementation, rng):
+    built = build(case, rng)
+    check(*run(built, implementation=implementation, split_size=128), case, built)
+
+
+def test_split_sizes_give_the_same_attention(rng):
+    case = Case((0, 130, 257, 384), page=64)
+    built = build(case, rng)
+    for split_size in (128, 256, 384, None):
+        check(*run(built, implementation="triton_interpret", split_size=split_size), case, built)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(rng):
+    built = build(Case((300, 1, 129, 0), page=64, tokens=2), rng)
+    together = run(built, implementation="triton_interpret", split_size=128)
+    for b in range(4):
+        cache = built.cache
+        one = dataclasses.replace(cache, page_table=cache.page_table[b : b + 1], length=cache.length[b : b + 1])
+        alone = dataclasses.replace(built, q=built.q[b : b + 1], cache=one, visible=built.visible[b : b + 1])
+        for x, y in zip(together, run(alone, implementation="triton_interpret", split_size=128), strict=True):
+            assert np.array_equal(np.asarray(x[b : b + 1], np.float32), np.asarray(y, np.float32))
+
+
+def test_sequences_may_share_pages(rng):
+    built = build(Case((100, 100), page=16), rng)
+    table = built.cache.page_table
+    shared = dataclasses.replace(built.cache, page_table=jnp.stack([table[0], table[0]]))
+    twice = dataclasses.replace(built, cache=shared, q=jnp.stack([built.q[0], built.q[0]]))
+    out, lse = run(twice, implementation="triton_interpret")
+    assert np.array_equal(np.asarray(out[0], np.float32), np.asarray(out[1], np.float32))
+    assert np.array_equal(lse[0], lse[1])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_query_that_takes_no_part_gets_zeros(implementation, rng):
+    built = build(Case((40, 40), tokens=3), rng)
+    out, lse = run(dataclasses.replace(built, visible=built.visible.at[0, 1].set(0)), implementation=implementation)
+    assert np.all(np.asarray(out[0, 1], np.float32) == 0) and np.all(np.isneginf(lse[0, 1]))
+    assert np.all(np.isfinite(np.asarray(out, np.float32)))
+
+
+def test_the_check_sees_one_key_too_many(rng):
+    case = Case((40, 41))
+    built = build(case, rng)
+    fewer = dataclasses.replace(built, visible=built.visible - 1)
+    with pytest.raises(AssertionError):
+        check(*run(fewer, implementation="xla"), case, built)
+
+
+def test_lengths_past_the_capacity_read_nothing_else(rng):
+    case = Case((64, 64), page=16)
+    built = build(case, rng)
+    cache = dataclasses.replace(built.cache, length=jnp.array([1000, 64], jnp.int32))
+    longer = dataclasses.replace(built, cache=cache, visible=built.visible.at[0].set(1000))
+    check(*run(longer, implementation="triton_interpret"), case, dataclasses.replace(longer, visible=built.visible))
+
+
+def test_lengths_do_not_retrace(rng):
+    built = build(Case((40, 7), page=16), rng)
+    traces = []
+
+    @jax.jit
+    def step(cache, visible):
+        traces.append(1)
+        return mla_decode(built.q, cache, visible, scale=SCALE)
+
+    for length in (1, 17, 40):
+        step(dataclasses.replace(built.cache, length=jnp.array([length, 7], jnp.int32)), built.visible)
+    assert len(traces) == 1
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"scale": 0.0}, ValueError, "scale must be positive"),
+        ({"split_size": 100}, ValueError, "multiple of 128"),
+        ({"implementation": "cuda"}, ValueError, "implementation must be"),
+        ({"visible": jnp.zeros((2, 2), jnp.int32)}, ValueError, r"visible must be \[B, T\]"),
+        ({"visible": jnp.zeros((2, 1))}, TypeError, "visible must be integers"),
+        ({"q": jnp.zeros((2, 1, 3, 47), jnp.bfloat16)}, ValueError, "q must be"),
+    ],
+)
+def test_bad_input(change, error, text, rng):
+    built = build(Case((4, 4)), rng)
+    operands = {"q": built.q, "cache": built.cache, "visible": built.visible, "scale": SCALE} | change
+    with pytest.raises(error, match=text):
+        mla_decode(**operands)
+
+
+def test_a_named_implementation_never_falls_back(rng):
+    built = build(Case((4, 4)), rng)
+    for name in ("mosaic_gpu", "triton"):
+        with pytest.raises(NotImplementedError, match="cannot run"):
+            mla_decode(built.q, built.cache, built.visible, scale=SCALE, implementation=name)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 64, 200, 4096])
+@pytest.mark.parametrize("capacity", [1, 128, 1000, 16384, 131072])
+def test_split_sizes_are_whole_steps(programs, capacity):
+    size = choose_split_size(programs, capacity)
+    assert size % STEP == 0 and STEP <= size < capacity + STEP
+    if programs >= 200:
+        assert size >= min(capacity, 2048)  # a full GPU gains nothing from small splits

@@ -1,0 +1,86 @@
+"""mla_decode's kernels on a real GPU: numerics, poison, pages, splits, batch invariance, repeatability."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mla_decode_cases import SCALE, Case, build, check
+
+from mla_fp4_jax.ops import implementations, mla_decode
+
+pytestmark = pytest.mark.gpu
+
+full = functools.partial(Case, rank=512, rope=64)
+KERNELS = ("mosaic_gpu", "triton")
+CASES = [
+    (full((256, 256), heads=64), None),
+    (full((256, 256), heads=128), None),  # two row blocks: a cluster that shares its loads
+    (full((512, 512), heads=128), 128),
+    (full((0, 1, 63, 64, 65, 512), heads=128, page=64), None),
+    (full((0, 1, 63, 128, 129, 512), heads=128, page=64), 128),
+    (full((0, 1, 63, 128, 129, 520), heads=128), 256),
+    (full((0, 127, 128, 129, 300, 1024), heads=128, page=128, bad_pages=True), 384),
+    (full((0, 15, 16, 17, 300, 512), heads=128, page=16, bad_pages=True), 256),
+    (full((0, 1, 63, 64, 65, 512), heads=16, page=64, bad_pages=True), 256),
+    (full((0, 100, 512), heads=8, page=16), None),
+    (full((2, 1, 500), tokens=3, heads=20, page=64), 256),
+    (full((2, 1, 500), tokens=1, heads=20, page=64), None),
+    (full((5, 400), tokens=3, heads=64, page=64), 128),  # three row blocks: no cluster
+    (full((512, 9), tokens=8, heads=128, page=64, bad_pages=True), 256),
+    (full((512, 9), tokens=2, heads=32, page=128), None),
+    (full((4096, 3000, 1, 0), heads=128, page=64), 1024),
+]
+
+
+def run(built, *, implementation, split_size):
+    call = functools.partial(
+        mla_decode, scale=SCALE, return_lse=True, split_size=split_size, implementation=implementation
+    )
+    return jax.jit(call)(built.q, built.cache, built.visible)
+
+
+def bits(x) -> np.ndarray:
+    return np.asarray(x).view(np.uint16 if x.dtype == jnp.bfloat16 else np.uint32)
+
+
+def needs(implementation):
+    reason = implementations.why_not(implementation)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(("case", "split_size"), CASES, ids=[f"{case}-{size}" for case, size in CASES])
+def test_against_the_oracle(case, split_size, implementation, rng):
+    needs(implementation)
+    built = build(case, rng)
+    first = run(built, implementation=implementation, split_size=split_size or 1 << 17)
+    check(*first, case, built)
+    for _ in range(3):
+        again = run(built, implementation=implementation, split_size=split_size or 1 << 17)
+        assert all(np.array_equal(bits(x), bits(y)) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_sequence_does_not_depend_on_its_neighbours(implementation, heads, rng):
+    needs(implementation)
+    built = build(full((300, 1, 129, 0, 512), heads=heads, page=64), rng)
+    together = run(built, implementation=implementation, split_size=256)
+    for b in range(5):
+        cache = built.cache
+        one = dataclasses.replace(cache, page_table=cache.page_table[b : b + 1], length=cache.length[b : b + 1])
+        alone = dataclasses.replace(built, q=built.q[b : b + 1], cache=one, visible=built.visible[b : b + 1])
+        for x, y in zip(together, run(alone, implementation=implementation, split_size=256), strict=True):
+            assert np.array_equal(bits(x)[b : b + 1], bits(y))
+
+
+def test_the_fastest_is_chosen_and_right(rng):
+    case = full((700, 30), heads=128, page=64, tokens=2)
+    built = build(case, rng)
+    check(*run(built, implementation=None, split_size=None), case, built)
