@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
-from pallas_kernels.backend import mosaic_kernel
+from pallas_kernels.mosaic import mosaic_kernel
 from pallas_kernels.ptx import Ptx, vector
 
 _THREADS = 128

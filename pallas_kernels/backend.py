@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
@@ -142,54 +141,3 @@ def mosaic_why_not(gpu: Gpu | None) -> str | None:
     if jax.__version_info__ < (0, 11):
         return f"it needs jax 0.11 or newer; this is {jax.__version__}."
     return None
-
-
-def mosaic_kernel(
-    program: Callable[[], str],
-    *,
-    out_shape: jax.ShapeDtypeStruct,
-    grid: int,
-    warpgroups: int,
-    shared_memory_bytes: int,
-):
-    """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
-
-    Args:
-        program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
-            shared memory (32-bit). It must mask by itself, and every thread must reach its end.
-        out_shape: of the result.
-        grid: CTAs.
-        warpgroups: of a CTA.
-        shared_memory_bytes: dynamic.
-
-    Returns:
-        A function of the operands.
-    """
-    from jax.experimental.mosaic.gpu import utils
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def inline(ctx, *memrefs):
-            del ctx
-            addresses = [
-                llvm.ptrtoint(ir.IntegerType.get_signless(32 if last else 64), utils.memref_ptr(memref))
-                for memref, last in zip(memrefs, [False] * (len(memrefs) - 1) + [True], strict=True)
-            ]
-            constraints = ",".join(["l"] * (len(memrefs) - 1) + ["r", "~{memory}"])
-            llvm.inline_asm(None, addresses, program(), constraints, has_side_effects=True)
-
-        inline(*refs)
-
-    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
-    return plgpu.kernel(
-        body,
-        out_type=out_shape,
-        scratch_types=[plgpu.SMEM((shared_memory_bytes // 4,), jnp.int32)],
-        grid=(grid,),
-        grid_names=("cta",),
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        **threads,
-    )

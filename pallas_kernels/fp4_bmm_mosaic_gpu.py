@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.backend import mosaic_kernel
 from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes
 from pallas_kernels.fp4_bmm_wgmma import program
 from pallas_kernels.fragments import BLOCK, FragmentOrder
@@ -59,6 +58,8 @@ def fp4_bmm_mosaic_gpu(
         return jnp.zeros((0, heads, problem.outputs), jnp.bfloat16)
     config = default_config(problem) if config is None else config
     check_config(problem, config)
+    from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
+
     return mosaic_kernel(
         functools.partial(program, problem, config),
         out_shape=jax.ShapeDtypeStruct((batch, heads, problem.outputs), jnp.bfloat16),

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -36,6 +38,7 @@ __all__ = [
     "load_array",
     "llvm",
     "mgpu_utils",
+    "mosaic_kernel",
     "nvvm",
     "plgpu",
     "scf",
@@ -86,3 +89,50 @@ def in_first_warp(body: Callable[[], None]) -> None:
 def inline(arg_types: tuple = (), return_type: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator for a function (context, *operands) that emits code; what it makes takes the operands alone."""
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)
+
+
+def mosaic_kernel(
+    program: Callable[[], str],
+    *,
+    out_shape: jax.ShapeDtypeStruct,
+    grid: int,
+    warpgroups: int,
+    shared_memory_bytes: int,
+):
+    """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
+
+    Args:
+        program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
+            shared memory (32-bit). It must mask by itself, and every thread must reach its end.
+        out_shape: of the result.
+        grid: CTAs.
+        warpgroups: of a CTA.
+        shared_memory_bytes: dynamic.
+
+    Returns:
+        A function of the operands.
+    """
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def inline(ctx, *memrefs):
+            del ctx
+            addresses = [
+                _llvm.ptrtoint(_ir.IntegerType.get_signless(32 if last else 64), mgpu_utils.memref_ptr(memref))
+                for memref, last in zip(memrefs, [False] * (len(memrefs) - 1) + [True], strict=True)
+            ]
+            constraints = ",".join(["l"] * (len(memrefs) - 1) + ["r", "~{memory}"])
+            _llvm.inline_asm(None, addresses, program(), constraints, has_side_effects=True)
+
+        inline(*refs)
+
+    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
+    return plgpu.kernel(
+        body,
+        out_type=out_shape,
+        scratch_types=[plgpu.SMEM((shared_memory_bytes // 4,), jnp.int32)],
+        grid=(grid,),
+        grid_names=("cta",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        **threads,
+    )

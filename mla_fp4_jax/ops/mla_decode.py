@@ -19,8 +19,8 @@ from pallas_kernels.split_plan import STEP, choose_split_size
 
 _ROW_BLOCK = 64  # rows T * H that a program of the kernels takes at most
 # None does not take these. On the last H100 that ran them the Triton kernel and the Mosaic kernel of one row block
-# were right, the Mosaic kernel of two row blocks (a cluster; descriptors took the cluster's address bits) wrong. All have
-# changed since and compile, but have not run: empty this once tests/test_mla_decode_gpu.py has passed.
+# were right, the Mosaic kernel of two row blocks (a cluster; descriptors took the cluster's address bits) wrong. All
+# have changed since and compile, but have not run: empty this once tests/test_mla_decode_gpu.py has passed.
 _UNCONFIRMED = (MOSAIC, TRITON)
 
 
