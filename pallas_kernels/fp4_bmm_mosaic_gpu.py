@@ -19,6 +19,8 @@ _INT32_BYTES = 2**31
 _SMS = 128  # of a Hopper GPU, about: one CTA each for DeepSeek-V3's 128 heads
 
 
+# Jitted, so that a program of many equal calls lowers one.
+@functools.partial(jax.jit, static_argnames=("order", "contract", "rows", "x_columns", "config"))
 def fp4_bmm_mosaic_gpu(
     x: Float[Array, "B H X"],
     codes: UInt8[Array, "H N half"],
