@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator
 
 import jax
@@ -21,13 +20,10 @@ __all__ = [
     "abstract_gpu",
     "pl",
     "pltriton",
-    "quiet_triton",
     "shared_memory_limit",
     "target_gpu",
     "triton_why_not",
 ]
-
-TRITON_DEPRECATION = "The Pallas Triton backend is deprecated"
 
 # Most shared memory one block may ask for, in bytes, by compute capability: CUDA C++ Programming Guide,
 # "Technical Specifications per Compute Capability" (maximum per thread block).
@@ -94,14 +90,6 @@ def abstract_gpu(kind: str = "NVIDIA H100 80GB HBM3", platform: str = "cuda") ->
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        yield
-
-
-@contextlib.contextmanager
-def quiet_triton() -> Iterator[None]:
-    """Ignore the deprecation of Pallas's Triton back end, which warns when a kernel is lowered."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", TRITON_DEPRECATION, DeprecationWarning)
         yield
 
 
