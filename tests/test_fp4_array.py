@@ -113,8 +113,11 @@ def test_nvfp4_values(rng, dtype):
     w = make(parts, "nvfp4")
     plain = oracle.dequantize(oracle.unpack(parts[0]), oracle.e4m3(parts[1]))
     np.testing.assert_array_equal(np.asarray(w.without_global_scale(dtype), np.float64), plain)  # exact
-    exact = (plain.astype(np.float32) * parts[2]).astype(jnp.dtype(dtype))  # one rounding, then one to dtype
-    np.testing.assert_array_equal(np.asarray(w.dequantize(dtype), np.float32), exact.astype(np.float32))
+    # In the producers' order, e2m1 * (scale * global), each product rounded to float32; then once to dtype.
+    scales = oracle.e4m3(parts[1]).astype(np.float32) * np.float32(parts[2])
+    values = oracle.E2M1[oracle.unpack(parts[0])].astype(np.float32) * np.repeat(scales, 16, axis=-1)
+    expected = values.astype(jnp.dtype(dtype)).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(w.dequantize(dtype), np.float32), expected)
     assert np.isnan(plain).sum() == 32
     without = FP4Array.from_packed(*parts[:2], format="nvfp4")
     np.testing.assert_array_equal(np.asarray(without.dequantize(), np.float64), plain)
