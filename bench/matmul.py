@@ -1,16 +1,21 @@
-"""k_up_proj and v_up_proj at DeepSeek-V3's shapes: every implementation against the floor, cold weights.
+"""k_up_proj and v_up_proj: every implementation against the floor and its peers, on cold weights.
 
     python -m bench.matmul --out bench/results/FILE.json
 
 Nothing is timed before it has passed its gate: results equal, bit for bit, to an exact reference. "kernel" is CUPTI's
 time, "call" the wall time per call of a chain of k_up and v_up calls in one jitted, donated loop (bench/timing.py).
+Peers in torch run first, in a process of their own (bench/matmul_peers.py). Rows are in order of importance.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import importlib.util
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,108 +30,193 @@ from bench.ceilings import touch
 from bench.timing import kernel_us, loop_us
 from mla_fp4_jax import FP4Array, fp4_bmm
 
-H, P, V, L, R = 128, 128, 128, 512, 64
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
 OPS = ("k_up", "v_up")
-PACKS = 24  # of 8.9 MB: 214 MB, four times the L2 cache
-DENSE_PACKS = 7  # of 33.5 MB
-TOUCH_LOADS = 17  # 4.46 MB are then 128 CTAs
+ROTATED_BYTES = 210e6  # four times the L2 cache
+MOSAIC, TRITON, DENSE, DEQUANTISE, SCALED_DOT = (
+    "mosaic_gpu",
+    "triton",
+    "xla bf16",
+    "xla dequantise",
+    "lax.scaled_dot e4m3",
+)
 
 
-def product(op: str, x: jax.Array, w: FP4Array, implementation: str) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A layer's kv_b_proj, and the rope columns that follow q_nope in the query."""
+
+    H: int
+    P: int
+    V: int
+    L: int
+    R: int = 64
+
+    def __str__(self) -> str:
+        return f"H{self.H}-P{self.P}-V{self.V}-L{self.L}"
+
+    @property
+    def packed_bytes(self) -> int:
+        """Codes and scales of the whole pack."""
+        return self.H * (self.P + self.V) * (self.L // 2 + self.L // 32)
+
+    def floor_bytes(self, op: str, batch: int) -> int:
+        """Bytes one product must move: its codes and scales, x in, result out."""
+        rows = self.P if op == "k_up" else self.V
+        return self.H * rows * (self.L // 2 + self.L // 32) + batch * self.H * (rows + self.L) * 2
+
+
+DEEPSEEK_V3 = Shape(128, 128, 128, 512)
+OTHER_SHAPES = (
+    Shape(64, 192, 256, 512),  # GLM
+    Shape(8, 128, 128, 512),
+    Shape(16, 128, 128, 512),
+    Shape(20, 128, 128, 512),
+    Shape(64, 128, 128, 512),
+    Shape(32, 128, 128, 256),  # L of Mistral's form
+)
+OTHER_BATCHES = (1, 16, 64, 128, 512)
+
+
+def product(shape: Shape, implementation: str, op: str, x: jax.Array, w: FP4Array) -> jax.Array:
     """As a layer calls it: the whole query for k_up, whose rope columns are skipped in place."""
     if op == "k_up":
-        return fp4_bmm(x, w, "rows", rows=(0, P), x_columns=(0, P), implementation=implementation)
-    return fp4_bmm(x, w, "columns", rows=(P, V), implementation=implementation)
+        return fp4_bmm(x, w, "rows", rows=(0, shape.P), x_columns=(0, shape.P), implementation=implementation)
+    return fp4_bmm(x, w, "columns", rows=(shape.P, shape.V), implementation=implementation)
 
 
-def dense_product(op: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def dense_product(shape: Shape, op: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """XLA's own matmul on a bf16 weight [H, P+V, L]."""
     if op == "k_up":
-        return jnp.einsum("bhp,hpl->bhl", x[..., :P], w[:, :P])
-    return jnp.einsum("bhl,hvl->bhv", x, w[:, P:])
+        return jnp.einsum("bhp,hpl->bhl", x[..., : shape.P], w[:, : shape.P])
+    return jnp.einsum("bhl,hvl->bhv", x, w[:, shape.P :])
+
+
+def scaled_dot_product(shape: Shape, op: str, x: jax.Array, w: FP4Array) -> jax.Array:
+    """XLA's block-scaled product with e4m3 activations. Of v_up only: k_up's scales lie along its result."""
+    assert op == "v_up"
+    x = x.astype(jnp.float8_e4m3fn).swapaxes(0, 1)
+    rows = slice(shape.P, shape.P + shape.V)
+    return jax.lax.scaled_dot(
+        x,
+        w.codes[:, rows],
+        lhs_scale=jnp.ones((*x.shape[:2], shape.L // 32), jnp.float8_e8m0fnu),
+        rhs_scale=jax.lax.bitcast_convert_type(w.scales[:, rows], jnp.float8_e8m0fnu),
+        dimension_numbers=(((2,), (2,)), ((0,), (0,))),
+        preferred_element_type=jnp.bfloat16,
+    ).swapaxes(0, 1)
+
+
+_XLA_CALLS = {DENSE: dense_product, SCALED_DOT: scaled_dot_product}
 
 
 class Setting:
-    """Weights of every kind, random bytes under scales of trained weights' size, and one exact set for the gate."""
+    """One shape's operands: weights to rotate through under scales of trained size, and exact ones for the gate."""
 
-    def __init__(self):
-        rng = np.random.default_rng(0)
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        keys = iter(jax.random.split(jax.random.key(0), 4096))
 
-        def pack(low: int, high: int) -> FP4Array:
-            packed = rng.integers(0, 256, (H, P + V, L // 2), np.uint8)
-            return FP4Array.from_packed(packed, rng.integers(low, high, (H, P + V, L // 32), np.uint8))
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def pack(key, low: int, high: int) -> FP4Array:
+            codes, scales = jax.random.split(key)
+            rows = (shape.H, shape.P + shape.V)
+            return FP4Array.from_packed(
+                jax.random.bits(codes, (*rows, shape.L // 2), jnp.uint8),
+                jax.random.randint(scales, (*rows, shape.L // 32), low, high).astype(jnp.uint8),
+            )
 
-        self.exact = pack(126, 129)
-        self.rows = [pack(114, 124) for _ in range(PACKS)]
-        self.fragments = [w.in_fragment_order(P) for w in self.rows]
-        self.dense = [w.dequantize(jnp.bfloat16) for w in self.rows[:DENSE_PACKS]]
-        self.rng = rng
+        def x(op: str, draw: Callable) -> jax.Array:
+            width = shape.P + shape.R if op == "k_up" else shape.L
+            return draw(next(keys), (BATCHES[-1], shape.H, width)).astype(jnp.bfloat16)
 
-    def x(self, op: str, batch: int, *, exact: bool = False) -> jax.Array:
-        """Integers -2 .. 2, or normal numbers."""
-        shape = (batch, H, P + R if op == "k_up" else L)
-        x = self.rng.integers(-2, 3, shape) if exact else self.rng.standard_normal(shape)
-        return jnp.asarray(x, jnp.bfloat16)
+        self.exact = pack(next(keys), 126, 129)
+        self.rows = [pack(next(keys), 114, 124) for _ in range(-(-int(ROTATED_BYTES) // shape.packed_bytes))]
+        dense = jax.jit(functools.partial(FP4Array.dequantize, dtype=jnp.bfloat16))
+        self.weights = {
+            TRITON: self.rows,
+            MOSAIC: [w.in_fragment_order(shape.P) for w in self.rows],
+            DENSE: [dense(w) for w in self.rows[: -(-len(self.rows) // 3)]],
+        }
+        self.prepare = {MOSAIC: lambda w: w.in_fragment_order(shape.P), DENSE: dense}
+        self.integers = {op: x(op, lambda key, shape: jax.random.randint(key, shape, -2, 3)) for op in OPS}
+        self.normals = {op: x(op, jax.random.normal) for op in OPS}
+        # Of the largest batch only, and sliced: XLA tunes float32 products for many seconds at every shape.
+        with jax.default_matmul_precision("highest"):
+            self.references = {op: self._reference(op) for op in OPS}
+
+    def _reference(self, op: str) -> np.ndarray:
+        x, w = self.integers[op].astype(jnp.float32), self.exact.dequantize(jnp.float32)
+        return np.asarray(dense_product(self.shape, op, x, w).astype(jnp.bfloat16))
+
+    def call(self, name: str) -> Callable:
+        """(op, x, w) -> y, jitted, so that a chain of calls lowers it once."""
+        if name in _XLA_CALLS:
+            run = functools.partial(_XLA_CALLS[name], self.shape)
+        else:
+            run = functools.partial(product, self.shape, "xla" if name == DEQUANTISE else name)
+        return jax.jit(lambda op, x, w: run(op, x, w), static_argnums=0)
+
+    def measure(self, name: str, op: str, batch: int) -> dict[str, object]:
+        """One row of the table, gate first; RuntimeError unless the product of integers is exact."""
+        call = functools.partial(self.call(name), op)
+        exact = self.prepare.get(name, lambda w: w)(self.exact)
+        want = self.references[op][:batch]
+        wrong = int(np.sum(np.asarray(call(self.integers[op][:batch], exact)) != want))
+        if wrong:
+            raise RuntimeError(f"{wrong} of {want.size} results are wrong; not timed.")
+        x = self.normals[op][:batch]
+        median, spread = kernel_us(call, [(x, w) for w in self.weights.get(name, self.rows)])
+        floor = self.shape.floor_bytes(op, batch)
+        return {
+            "kernel_us": round(median, 3),
+            "kernel_iqr_us": round(spread, 3),
+            "floor_bytes": floor,
+            "tb_per_s": round(floor / median / 1e6, 3),
+        }
+
+    def measure_loop(self, name: str, batch: int) -> dict[str, object]:
+        """A chain of k_up and v_up over all weights, state [B, H, P] donated and fed back; needs P = V."""
+        call, weights = self.call(name), self.weights.get(name, self.rows)
+
+        def step(q, weights):
+            for w in weights:
+                q = call("v_up", call("k_up", q, w), w)
+            return q
+
+        state = self.normals["k_up"][:batch, :, : self.shape.P] + 0
+        return {"call_us": round(loop_us(step, state, weights, 2 * len(weights)), 3)}
 
 
-def contenders(setting: Setting) -> dict[str, tuple[Callable, list, Callable]]:
-    """Name -> (op, x, w) -> y, the weights to rotate through, and how the exact weight is given to it."""
-    return {
-        "mosaic_gpu": (
-            functools.partial(product, implementation="mosaic_gpu"),
-            setting.fragments,
-            lambda w: w.in_fragment_order(P),
-        ),
-        "triton": (functools.partial(product, implementation="triton"), setting.rows, lambda w: w),
-        "xla bf16": (dense_product, setting.dense, lambda w: w.dequantize(jnp.bfloat16)),
-        "xla dequantise": (functools.partial(product, implementation="xla"), setting.rows, lambda w: w),
-    }
+def plan() -> list[tuple[Shape, str, str | None, int]]:
+    """(shape, name, op or None for the loop, batch), most important first."""
+    rows: list[tuple[Shape, str, str | None, int]] = []
+    rows += [(DEEPSEEK_V3, name, op, batch) for batch in BATCHES for op in OPS for name in (MOSAIC, DENSE)]
+    rows += [(DEEPSEEK_V3, name, None, batch) for batch in BATCHES for name in (MOSAIC, DENSE)]
+    rows += [(DEEPSEEK_V3, TRITON, op, batch) for batch in (1, 16, 64, 256) for op in OPS]
+    rows += [(DEEPSEEK_V3, DEQUANTISE, op, batch) for batch in (1, 64) for op in OPS]
+    rows += [(DEEPSEEK_V3, SCALED_DOT, "v_up", batch) for batch in (1, 64)]
+    for shape in OTHER_SHAPES:
+        rows += [(shape, name, op, batch) for batch in OTHER_BATCHES for op in OPS for name in (MOSAIC, DENSE)]
+    return rows
 
 
-def gate(op: str, call: Callable, x: jax.Array, w: FP4Array, exact) -> None:
-    """Raise RuntimeError unless the product of integers is exact."""
-    with jax.default_matmul_precision("highest"):
-        reference = dense_product(op, x.astype(jnp.float32), w.dequantize(jnp.float32))
-    wrong = int(jnp.sum(call(x, exact) != reference.astype(jnp.bfloat16)))
-    if wrong:
-        raise RuntimeError(f"{op}: {wrong} of {reference.size} results are wrong; not timed.")
+def ceilings(setting: Setting) -> dict[str, float]:
+    """A kernel that reads as many bytes as one product's codes and scales, and writes nothing."""
+    size = setting.shape.packed_bytes // 2
+    flat = [w.packed.reshape(-1)[:size] + 0 for w in setting.rows]
+    touch_us, _ = kernel_us(jax.jit(functools.partial(touch, loads=17)), [(a,) for a in flat])  # then 128 CTAs
+    return {"touch_us": round(touch_us, 3), "touch_bytes": size}
 
 
-def floor_bytes(batch: int) -> int:
-    """Bytes one product must move: codes, scales, x in, result out."""
-    return H * P * L // 2 + H * P * L // 32 + batch * H * (P + L) * 2
-
-
-def measure(setting: Setting, name: str, op: str, batch: int) -> dict[str, object]:
-    """One row of the table, gate first."""
-    call, weights, prepare = contenders(setting)[name]
-    jitted = jax.jit(functools.partial(call, op))
-    gate(op, jitted, setting.x(op, batch, exact=True), setting.exact, prepare(setting.exact))
-    x = setting.x(op, batch)
-    median, spread = kernel_us(jitted, [(x, w) for w in weights])
-    return {
-        "name": name,
-        "op": op,
-        "batch": batch,
-        "kernel_us": round(median, 3),
-        "kernel_iqr_us": round(spread, 3),
-        "floor_bytes": floor_bytes(batch),
-    }
-
-
-def measure_loop(setting: Setting, name: str, batch: int) -> dict[str, object]:
-    """A chain of k_up and v_up over all weights, state [B, H, P] donated and fed back."""
-    call, weights, _ = contenders(setting)[name]
-    call = jax.jit(call, static_argnums=0)  # lowered once for all weights
-
-    def step(q, weights):
-        for w in weights:
-            q = call("v_up", call("k_up", q, w), w)
-        return q
-
-    state = jnp.asarray(setting.rng.standard_normal((batch, H, P)), jnp.bfloat16)
-    return {"name": name, "batch": batch, "call_us": round(loop_us(step, state, weights, 2 * len(weights)), 3)}
+def peers(seconds: float) -> list[dict[str, object]]:
+    """Rows of bench.matmul_peers, or what kept it from running."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "triton")):
+        return [{"error": "torch or triton is not installed"}]
+    command = [sys.executable, "-m", "bench.matmul_peers", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows: list[dict[str, object]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [*rows, {"error": done.stderr[-2000:]}] if done.returncode else rows
 
 
 def main() -> None:
@@ -134,46 +224,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
-    parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=900, help="start nothing new after so long")
+    parser.add_argument("--no-peers", action="store_true", help="leave the peers in torch out")
     args = parser.parse_args()
     start = time.monotonic()
-    setting = Setting()
-    rows: list[dict[str, object]] = []
-    loops: list[dict[str, object]] = []
-    ceiling = {}
-    # As many bytes as one product's codes and scales.
-    flat = [w.packed.reshape(-1)[: H * P * (L // 2 + L // 32)] + 0 for w in setting.rows]
-    ceiling["touch_us"], _ = kernel_us(jax.jit(functools.partial(touch, loads=TOUCH_LOADS)), [(a,) for a in flat])
-    ceiling["touch_bytes"] = flat[0].size
-    plan = [(name, op, batch) for batch in BATCHES for op in OPS for name in ("mosaic_gpu", "xla bf16")]
-    plan += [("triton", op, batch) for batch in (1, 16, 64, 256) for op in OPS]
-    plan += [("xla dequantise", op, batch) for batch in (1, 64) for op in OPS]
-    skipped = []
-    plan += [(name, None, batch) for batch in BATCHES for name in ("mosaic_gpu", "xla bf16")]
-    for name, op, batch in tqdm(plan, desc="matmul"):
+    rows = [] if args.no_peers else peers(args.seconds / 2)
+    setting = Setting(DEEPSEEK_V3)
+    ceiling = ceilings(setting)
+    for shape, name, op, batch in tqdm(plan(), desc="matmul", mininterval=5):
+        row = {"shape": str(shape), "name": name, "op": op or "both", "batch": batch}
         if time.monotonic() - start > args.seconds:
-            skipped.append([name, op, batch])
-        elif op is None:
-            loops.append(measure_loop(setting, name, batch))
+            row["error"] = "out of time"
         else:
-            rows.append(measure(setting, name, op, batch))
-        result = {**environment.describe(args.commit), "ceilings": ceiling, "kernel": rows, "call": loops}
-        args.out.write_text(json.dumps({**result, "not_run": skipped}, indent=1) + "\n")
-    print_table(rows, loops, ceiling)
+            if setting.shape != shape:
+                setting = Setting(shape)
+            try:
+                row |= setting.measure_loop(name, batch) if op is None else setting.measure(name, op, batch)
+            except (RuntimeError, NotImplementedError) as error:
+                row["error"] = str(error)[:300]
+        rows.append(row)
+        result = {**environment.describe(args.commit), "ceilings": ceiling, "rows": rows}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table({"ceilings": ceiling, "rows": rows}))
 
 
-def print_table(rows: list[dict], loops: list[dict], ceiling: dict) -> None:
-    """Kernel times by batch, then calls."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    print(f"touching {ceiling['touch_bytes'] / 1e6:.2f} MB once: {ceiling['touch_us']:.2f} us")
-    print("kernel, us (k_up / v_up)  " + "".join(f"{name:>18}" for name in names))
-    for batch in BATCHES:
-        cells = []
-        for name in names:
-            times = {row["op"]: row["kernel_us"] for row in rows if (row["name"], row["batch"]) == (name, batch)}
-            cells.append(" / ".join(f"{times[op]:.2f}" for op in OPS) if len(times) == len(OPS) else "-")
-        calls = " ".join(f"{row['name']} {row['call_us']:.2f}" for row in loops if row["batch"] == batch)
-        print(f"B = {batch:<22}" + "".join(f"{cell:>18}" for cell in cells) + f"    call: {calls}")
+def table(result: dict) -> str:
+    """Kernel times of DeepSeek-V3's shape by batch (k_up / v_up), then calls, then the other shapes."""
+    ceiling, rows = result["ceilings"], [row for row in result["rows"] if "kernel_us" in row or "call_us" in row]
+    lines = [f"touching {ceiling['touch_bytes'] / 1e6:.2f} MB once: {ceiling['touch_us']:.2f} us"]
+    for shape in dict.fromkeys(row.get("shape", str(DEEPSEEK_V3)) for row in rows):
+        here = [row for row in rows if row.get("shape", str(DEEPSEEK_V3)) == shape]
+        for key in ("kernel_us", "call_us"):
+            names = list(dict.fromkeys(row["name"] for row in here if key in row))
+            if not names:
+                continue
+            lines.append(f"{shape}, {key}: k_up / v_up" + "".join(f"  | {name}" for name in names))
+            for batch in BATCHES:
+                cells = [_cell(here, key, name, batch) for name in names]
+                if any(cells):
+                    lines.append(f"{batch:>5} " + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict], key: str, name: str, batch: int) -> str:
+    times = {row["op"]: row[key] for row in rows if (row["name"], row["batch"]) == (name, batch) and key in row}
+    return " / ".join(f"{times[op]:.2f}" for op in (*OPS, "both") if op in times)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def kernel_us(function: Callable, calls: Sequence[tuple]) -> tuple[float, float]
 
     jax.block_until_ready(function(*calls[0]))
     _, kernels = profiler.measure(lambda calls: [function(*call) for call in calls], aggregate=False)(calls)
+    if kernels is None:
+        raise RuntimeError("kernel_us: CUPTI saw no kernel.")
     per_call, rest = divmod(len(kernels), len(calls))
     if rest or not per_call:
         raise RuntimeError(f"kernel_us: every call must launch as many kernels; got {len(kernels)} for {len(calls)}.")

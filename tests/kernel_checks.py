@@ -184,20 +184,19 @@ def assert_untouched(guard, poison: np.ndarray) -> None:
 
 def between_guards(value: np.ndarray, poison: np.ndarray, adjacent: bool) -> tuple[jax.Array, list[jax.Array]]:
     """The value on the device, and two arrays of poison right before and after it in memory."""
-    guards = [jnp.array(poison)]
-    copies = []
-    for _ in range(24):
+    guards, copies = [jnp.array(poison)], []
+    step = -(-value.nbytes // 256) * 256  # what the allocator rounds to
+    for _ in range(400):  # the first ones land in holes that earlier arrays left
         copies.append(jnp.array(value))
         guards.append(jnp.array(poison))
-    jax.block_until_ready((guards, copies))
-    if not adjacent:
-        return copies[0], guards[:2]
-    at = {guard.unsafe_buffer_pointer(): guard for guard in guards}
-    step = -(-value.nbytes // 256) * 256  # what the allocator rounds to
-    for copy in copies:
-        address = copy.unsafe_buffer_pointer()
-        if address - step in at and address + step in at:
-            return copy, [at[address - step], at[address + step]]
+        jax.block_until_ready((guards[-1], copies[-1]))
+        if not adjacent:
+            return copies[0], guards
+        at = {guard.unsafe_buffer_pointer(): guard for guard in guards}
+        for copy in copies[-2:]:
+            address = copy.unsafe_buffer_pointer()
+            if address - step in at and address + step in at:
+                return copy, [at[address - step], at[address + step]]
     raise AssertionError(f"the allocator put no array of {value.nbytes} bytes between two others")
 
 

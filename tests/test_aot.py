@@ -79,6 +79,19 @@ def test_other_sizes_and_dtypes(case, contract):
     assert program.temp_bytes == 0 and program.moves_of(*PACKED) == []
 
 
+def test_a_gradient_through_a_named_implementation():
+    """Of a kernel whose order serves one contraction of each row: another one takes the backward product."""
+    case = Case(4, 8, 128, 128, 512)
+
+    def gradient(x, w):
+        return jax.grad(lambda x: run("mosaic_gpu", case, "columns", x, w).astype(jnp.float32).sum())(x)
+
+    x, w = shape((case.B, case.H, case.L), jnp.bfloat16), abstract_pack(case, "mosaic_gpu")
+    assert len(sm90.compile_for_h100(gradient, x, w).kernels) >= 1
+    with pytest.raises(NotImplementedError, match="rows must be"):  # as a product of its own it is refused
+        sm90.compile_for_h100(functools.partial(run, "mosaic_gpu", dataclasses.replace(case, P=64), "rows"), x, w)
+
+
 @pytest.mark.parametrize("page_size", [None, 64])
 def test_a_decode_step_keeps_its_weights_packed(page_size):
     config = MLAConfig(

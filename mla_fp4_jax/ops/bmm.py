@@ -76,7 +76,8 @@ def fp4_bmm(
         float32 and rounded once. The result for a row does not depend on the rest of the batch, bit for bit, with
         implementation "mosaic_gpu" or "triton"; XLA's library calls promise no such thing.
 
-    Differentiable in x, in reverse mode; w is frozen.
+    Differentiable in x, in reverse mode; w is frozen. The gradient takes the implementation named where that can run,
+    else what None chooses.
     """
     call = _check(x, w, contract, rows, x_columns, preferred_element_type, implementation, config)
     return _bmm(x, w, call)
@@ -113,6 +114,8 @@ def _backward(call: _Call, saved, g: Array):
     )
     if g.dtype not in X_DTYPES:
         g = g.astype(jnp.float32)
+    if back.implementation is not None and _why_not(back.implementation, g, w, back) is not None:
+        back = dataclasses.replace(back, implementation=None)  # mosaic_gpu's order serves one contraction of each row
     dx = _bmm(g, w, back)
     first, number = call.x_columns
     return jnp.pad(dx, ((0, 0), (0, 0), (first, x.shape[-1] - first - number))), None
