@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -23,7 +24,8 @@ H, P, V, L, R = 128, 128, 128, 512, 64
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
 ROTATED_BYTES = 200e6
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP4, FP8 = "triton dot_scaled", "triton w8a8"
+FP4, FP4_LEFT, FP8 = "triton dot_scaled", "triton dot_scaled, x left", "triton w8a8"
+TRITON = (FP4, FP4_LEFT, FP8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +54,33 @@ class Config:
 
 
 def configs(op: Op, batch: int) -> list[Config]:
-    """What is tried: the tokens in one tile where they fit, and all that is sensible around it."""
+    """What is tried: the tokens in one tile where they fit, or two, and all that is sensible around it."""
     found = []
-    smallest = min(128, max(16, 1 << (batch - 1).bit_length()))
-    for BM in {smallest, max(16, smallest // 2)}:
-        for BN in (64, 128):
-            for BK in (128,) if op.K == 128 else (128, 256):
-                for num_warps in (4,) if BN == 64 else (4, 8):
-                    if BM * BN >= 128 * 128 and num_warps == 4:
-                        continue
-                    for num_stages in (2,) if op.K == 128 else (2, 3):
-                        found.append(Config(BM, BN, BK, num_warps, num_stages))
+    largest = min(128, max(16, 1 << (batch - 1).bit_length()))
+    for BM, BN, BK, num_warps in itertools.product(
+        sorted({largest, max(16, largest // 2)}), (64, 128, 256), (128, 256), (4, 8)
+    ):
+        stages = (2,) if op.K == 128 else (2, 3) if BK == 256 else (2, 4) if BM < 64 else (3,)
+        fits = BN <= op.N and BK <= op.K and not (BN == 256 and (BK == 256 or BM > 128))
+        balanced = (num_warps == 4 or BN >= 128) and (num_warps == 8 or BM * BN < 128 * 128)
+        if fits and balanced:
+            found += [Config(BM, BN, BK, num_warps, num_stages) for num_stages in stages]
     return found
 
 
 def kernel_of(name: str):
     from bench import triton_peers
 
-    return triton_peers.dot_scaled_bmm if name == FP4 else triton_peers.w8a8_bmm
+    return {
+        FP4: triton_peers.dot_scaled_bmm,
+        FP4_LEFT: triton_peers.dot_scaled_left_bmm,
+        FP8: triton_peers.w8a8_bmm,
+    }[name]
 
 
 def strides(name: str, op: Op) -> tuple[int, int, int, int]:
     """Elements from token to token and head to head, of x and of y; FP8 x is a tensor of its own."""
-    width = op.x_width if name == FP4 else op.K
+    width = op.K if name == FP8 else op.x_width
     return H * width, width, H * op.y_width, op.y_width
 
 
@@ -85,9 +91,9 @@ def compile_one(job: tuple[str, Op, Config]) -> bool:
 
     name, op, config = job
     x, w, scales = (
-        (torch.bfloat16, torch.uint8, torch.uint8)
-        if name == FP4
-        else (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float32)
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float32)
+        if name == FP8
+        else (torch.bfloat16, torch.uint8, torch.uint8)
     )
     operands = [MockTensor(dtype) for dtype in (x, w, scales, torch.bfloat16)]
     try:
@@ -138,14 +144,14 @@ def calls_of(name: str, op: Op, weights: Weights, x, y, config: Config | None) -
         return [functools.partial(torch.bmm, xt, w.transpose(1, 2), out=yt) for (w,) in weights.sets["cublas bf16"]]
     kernel: Any = kernel_of(name)
     grid = (H, op.N // config.BN, -(-x.shape[0] // config.BM))
-    operand = x if name == FP4 else x[..., : op.K].to(torch.float8_e4m3fn).contiguous()
+    operand = x[..., : op.K].to(torch.float8_e4m3fn).contiguous() if name == FP8 else x
 
     def call(w, scales):
         kernel[grid](
             operand, w, scales, y, x.shape[0], *strides(name, op), N=op.N, K=op.K, **dataclasses.asdict(config)
         )
 
-    return [functools.partial(call, *both) for both in weights.sets[name]]
+    return [functools.partial(call, *both) for both in weights.sets[FP8 if name == FP8 else FP4]]
 
 
 def graph_us(torch, calls: list) -> float:
@@ -214,9 +220,7 @@ def main(seconds: float) -> None:
     """Compile everything on all cores, then time, most important batches first."""
     start = time.monotonic()
     jobs = list(
-        dict.fromkeys(
-            (name, op, c) for op in OPS for name in (FP4, FP8) for batch in BATCHES for c in configs(op, batch)
-        )
+        dict.fromkeys((name, op, c) for op in OPS for name in TRITON for batch in BATCHES for c in configs(op, batch))
     )
     with multiprocessing.get_context("spawn").Pool() as pool:
         compiled = pool.map(compile_one, jobs, chunksize=2)
@@ -228,7 +232,7 @@ def main(seconds: float) -> None:
     for op in OPS:
         weights = Weights(op)
         for batch in BATCHES:
-            for name in (FP4, FP8, "cublas bf16"):
+            for name in (*TRITON, "cublas bf16"):
                 if time.monotonic() - start > seconds:
                     print(
                         json.dumps({"name": name, "op": op.name, "batch": batch, "error": "out of time"}), flush=True

@@ -84,8 +84,8 @@ def fp4_bmm_section(result: dict) -> str:
     lines += [row(batch, *(pair(kernel, name, batch) for name in names)) for batch in matmul.BATCHES]
     lines += [
         "",
-        '"Call" is what a decode loop pays for one: in JAX the mean of both products in a chain of them in one jitted,',
-        "donated loop; in torch the time of a node in a CUDA graph (k_up / v_up).",
+        '"Call" is what a decode loop pays for one: in JAX the mean of both products in a chain of them in one',
+        "jitted, donated loop; in torch the time of a node in a CUDA graph (k_up / v_up).",
         "",
         *rule("B", "`mosaic_gpu`", "XLA bf16", "Triton dot_scaled", "Triton W8A8", "cuBLAS bf16"),
     ]

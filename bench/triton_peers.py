@@ -1,7 +1,7 @@
-"""Two batched matmuls in Triton as engines have them, for comparison: FP4 weights by tl.dot_scaled, and FP8 W8A8.
+"""Batched matmuls in Triton as engines have them, for comparison: FP4 weights by tl.dot_scaled, and FP8 W8A8.
 
-Both compute y[m, h, :] = x[m, h, :] @ W[h]^T for W [H, N, K] written as W @ x^T, so that a small batch lies along the
-dot's narrow side. Imported only where triton is.
+All compute y[m, h, :] = x[m, h, :] @ W[h]^T for W [H, N, K], written as W @ x^T where not said otherwise, so that a
+small batch lies along the dot's narrow side. Imported only where triton is.
 """
 
 from __future__ import annotations
@@ -43,6 +43,41 @@ def dot_scaled_bmm(
         w_at += BK // 2
         s_at += BK // 32
     tl.store(y + head * y_head + tokens[None, :] * y_stride + rows[:, None], total.to(tl.bfloat16), mask=live)
+
+
+@triton.jit(do_not_specialize=["M"])
+def dot_scaled_left_bmm(
+    x,
+    w,
+    scales,
+    y,
+    M,
+    x_stride,
+    x_head,
+    y_stride,
+    y_head,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The same product with x on the left, which suits large batches."""
+    head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
+    live = tokens[:, None] < M
+    x_at = x + head * x_head + tokens[:, None] * x_stride + tl.arange(0, BK)[None, :]
+    w_at = w + head * (N * (K // 2)) + rows[None, :] * (K // 2) + tl.arange(0, BK // 2)[:, None]
+    s_at = scales + head * (N * (K // 32)) + rows[:, None] * (K // 32) + tl.arange(0, BK // 32)[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, K // BK):
+        tile = tl.load(x_at, mask=live, other=0.0)
+        total = tl.dot_scaled(tile, None, "bf16", tl.load(w_at), tl.load(s_at), "e2m1", acc=total, fast_math=True)
+        x_at += BK
+        w_at += BK // 2
+        s_at += BK // 32
+    tl.store(y + head * y_head + tokens[:, None] * y_stride + rows[None, :], total.to(tl.bfloat16), mask=live)
 
 
 @triton.jit(do_not_specialize=["M"])
