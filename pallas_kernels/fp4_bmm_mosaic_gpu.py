@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels.backend import target_gpu
 from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes
 from pallas_kernels.fp4_bmm_wgmma import program
 from pallas_kernels.fragments import BLOCK, FragmentOrder
+from pallas_kernels.tuned import tuned_config
+
+NAME = "fp4_bmm_mosaic_gpu"  # in the tuned tables
 
 _VECTOR = 8  # bfloat16 in the 16 bytes that cp.async and the stores move
 _INT32_BYTES = 2**31
@@ -42,7 +46,7 @@ def fp4_bmm_mosaic_gpu(
         contract: "rows" or "columns".
         rows: (first, number): exactly the key rows for "rows", exactly the others for "columns".
         x_columns: (first, number) of x's columns to use.
-        config: None for default_config.
+        config: None for best_config.
 
     Returns:
         bfloat16.
@@ -55,10 +59,10 @@ def fp4_bmm_mosaic_gpu(
     if reason is not None:
         raise NotImplementedError(f"fp4_bmm_mosaic_gpu: {reason}")
     batch, heads, width = x.shape
-    problem = _problem(x, codes, scales, order, contract, x_columns[0])
+    problem = problem_of(x, codes, scales, order, contract, x_columns[0])
     if batch == 0:
         return jnp.zeros((0, heads, problem.outputs), jnp.bfloat16)
-    config = default_config(problem) if config is None else config
+    config = best_config(problem) if config is None else config
     check_config(problem, config)
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
@@ -94,7 +98,8 @@ def unsupported(
     return None
 
 
-def _problem(x, codes, scales, order: FragmentOrder, contract: str, first_x: int) -> Problem:
+def problem_of(x, codes, scales, order: FragmentOrder, contract: str, first_x: int) -> Problem:
+    """The static side of a call; arrays may be anything with a shape."""
     heads, total, half = codes.shape
     columns, split = 2 * half, order.key_rows
     transposed = contract == "rows"
@@ -111,6 +116,13 @@ def _problem(x, codes, scales, order: FragmentOrder, contract: str, first_x: int
         head_scale_bytes=total * scales.shape[2],
         first_scale_byte=0 if transposed else split * scales.shape[2],
     )
+
+
+def best_config(problem: Problem) -> Config:
+    """What bench.tune measured for this problem on the device that is traced for, else default_config."""
+    gpu = target_gpu()
+    fields = None if gpu is None else tuned_config(NAME, gpu.kind, problem)
+    return default_config(problem) if fields is None else Config(**fields)
 
 
 def default_config(problem: Problem) -> Config:

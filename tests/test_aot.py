@@ -21,7 +21,7 @@ pytestmark = [
 ]
 KERNELS = tuple(name for name in PREFERENCE if name != XLA)
 PACKED = ("u8", "f4e2m1fn")
-BATCHES = (1, 8, 16, 17, 32, 64, 128, 512)
+BATCHES = (1, 8, 16, 17, 32, 64, 128, 256, 512)
 shape = jax.ShapeDtypeStruct
 
 
