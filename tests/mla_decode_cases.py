@@ -94,7 +94,7 @@ def rounded(x: np.ndarray, dtype) -> np.ndarray:
 def check(out, lse, case: Case, built: Built) -> None:
     """Assert that a result is the oracle's, within what float32 sums and the dtype's roundings can do.
 
-    Let u be the unit roundoff of the dtype (2^-9 for bfloat16). A score is a sum of D products in float32, on tensor
+    Let u be the unit roundoff of the dtype (2^-8 for bfloat16). A score is a sum of D products in float32, on tensor
     cores with truncation, so off by at most ds = 2 D 2^-24 scale sum |q k|; an exponential by its own 2^-22 and by
     what the score moves it. Rounding a probability moves the output by at most u sum p |v| / sum p, and so on:
 

@@ -69,9 +69,10 @@ def test_the_mosaic_kernel_lowers(config):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU needs jax 0.11")
-def test_the_mosaic_kernel_is_chosen_where_it_can_run(confirmed):
+def test_the_mosaic_kernel_is_chosen_where_it_can_run():
     args = operands(2, 1, 16, 2048, 64)
     assert "mosaic_gpu" in lowered("cuda", *args)
+    assert "xla.gpu.triton" in lowered("rocm", *args)
     assert "mosaic_gpu" not in lowered("rocm", *args)
 
 
@@ -85,25 +86,11 @@ def test_the_mosaic_kernel_is_chosen_where_it_can_run(confirmed):
         ({"page": 32}, "page size"),
     ],
 )
-def test_the_mosaic_kernel_says_what_it_lacks(change, text, confirmed):
+def test_the_mosaic_kernel_says_what_it_lacks(change, text):
     args = operands(**({"batch": 2, "tokens": 1, "heads": 16, "capacity": 2304, "page": 64} | change))
     with pytest.raises(NotImplementedError, match=text):
         lowered("cuda", *args, implementation="mosaic_gpu")
     assert "xla.gpu.triton" in lowered("cuda", *args)
-
-
-def test_no_kernel_is_chosen_before_a_gpu_has_confirmed_it():
-    module = sys.modules["mla_fp4_jax.ops.mla_decode"]
-    if not module._UNCONFIRMED:
-        pytest.skip("all are confirmed")
-    text = lowered("cuda", *operands(2, 1, 16, 2048, 64))
-    assert "mosaic_gpu" not in text and "xla.gpu.triton" not in text
-
-
-@pytest.fixture
-def confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice as it will be once every kernel has passed its tests on a GPU."""
-    monkeypatch.setattr(sys.modules["mla_fp4_jax.ops.mla_decode"], "_UNCONFIRMED", ())
 
 
 @pytest.fixture(scope="module")

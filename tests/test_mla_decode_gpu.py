@@ -37,11 +37,15 @@ CASES = [
 ]
 
 
-def run(built, *, implementation, split_size):
-    call = functools.partial(
-        mla_decode, scale=SCALE, return_lse=True, split_size=split_size, implementation=implementation
+@functools.partial(jax.jit, static_argnames=("implementation", "split_size"))
+def attend(q, cache, visible, *, implementation, split_size):
+    return mla_decode(
+        q, cache, visible, scale=SCALE, return_lse=True, split_size=split_size, implementation=implementation
     )
-    return jax.jit(call)(built.q, built.cache, built.visible)
+
+
+def run(built, *, implementation, split_size):
+    return attend(built.q, built.cache, built.visible, implementation=implementation, split_size=split_size)
 
 
 def bits(x) -> np.ndarray:
