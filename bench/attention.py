@@ -1,11 +1,21 @@
-"""mla_decode at DeepSeek-V3's shapes, bf16 paged cache: every implementation, and FlashMLA on the same GPU.
+"""mla_decode at DeepSeek-V3's shapes, paged cache: FlashMLA on the same GPU first, then every implementation.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m bench.attention --out bench/results/FILE.json
 
-Nothing is timed before it has passed its gate: against a float64 reference, an error of at most 1.25 times that of
-XLA's attention on the same operands. "kernel" is the sum of a call's kernels as CUPTI has it, the merging of splits
-included; caches larger than the L2 cache make every call cold, smaller ones do not. FlashMLA (bench/flashmla.py)
-runs after that, where torch and its wheel can be imported.
+"kernel_us" is the median over calls of the sum of a call's kernels as CUPTI has it, the merging of splits included,
+and "kernels" those sums by kernel. Caches larger than the L2 cache make every call cold, smaller ones do not.
+FlashMLA (bench/flashmla.py) runs where torch and its wheel can be imported, while the kernels here are compiled; no
+two things are timed at once. The file is written again after every row.
+
+Nothing is timed before it has passed its gate: the relative error of the 2-norm against a float64 reference, of two
+sequences and eight heads of each, is at most GATE. With u = 2^-8, bf16's unit roundoff, a result strays by
+
+    rounding P to bf16: each p by at most u of itself. Values are drawn independently of p, so a sum's square and its
+        error's are both sums of squares: at most u in the norm.
+    rounding the output: uniform within half an ulp, whose root mean square is u / sqrt(3) of a mantissa of 1, less
+        of a greater one. It does not depend on the first: in the norm the two make u sqrt(1 + 1/3).
+    float32: scores reach some 16 in L + R sums, each off by at most 2^-23 of it and at random: sqrt(L + R) 2^-19,
+        under 2^-14; sums over splits by less. 2^-11 is more than all of it.
 """
 
 from __future__ import annotations
@@ -13,9 +23,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -23,28 +36,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import environment
-from bench.timing import kernel_us
+from bench.timing import kernels_us
 from mla_fp4_jax.cache import PagedLatentCache
 from mla_fp4_jax.ops import implementations, mla_decode
 
+Shape = tuple[int, int, int]
 L, R = 512, 64
 SCALE = 192**-0.5
 CALLS = 12
-SHAPES = (  # heads, sequences, keys
-    *((128, batch, keys) for keys in (4096, 16384) for batch in (1, 8, 32, 64, 128)),
+GATE = 2**-8 * (1 + 1 / 3) ** 0.5 + 2**-11
+SHAPES: tuple[Shape, ...] = (  # heads, sequences, keys: what matters most first
+    *((128, batch, keys) for keys in (4096, 16384) for batch in (32, 64, 128)),
     *((16, batch, keys) for keys in (4096, 16384) for batch in (32, 64, 128)),
     (128, 1, 65536),
     (16, 1, 65536),
+    *((128, batch, keys) for keys in (4096, 16384) for batch in (1, 8)),
 )
 NAMES = ("mosaic_gpu", "triton", "xla")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def operands(heads: int, batch: int, keys: int, page: int) -> tuple[jax.Array, PagedLatentCache, jax.Array]:
+def operands(shape: Shape, page: int, dtype: str) -> tuple[jax.Array, PagedLatentCache, jax.Array]:
     """Random queries and a full cache whose pages lie in random order."""
+    heads, batch, keys = shape
     of_q, of_pages, of_table = jax.random.split(jax.random.key(batch + keys, impl="rbg"), 3)
     number = batch * keys // page
-    pages = jax.random.normal(of_pages, (number, page, L + R), jnp.bfloat16)
+    pages = jax.random.normal(of_pages, (number, page, L + R), jnp.bfloat16).astype(dtype)
     table = jax.random.permutation(of_table, number).astype(jnp.int32).reshape(batch, -1)
     cache = PagedLatentCache(pages, table, jnp.full((batch,), keys, jnp.int32), L)
     q = jax.random.normal(of_q, (batch, 1, heads, L + R), jnp.bfloat16) * 2
@@ -56,59 +72,87 @@ def attention(q: jax.Array, cache: PagedLatentCache, visible: jax.Array, *, name
     return mla_decode(q, cache, visible, scale=SCALE, implementation=name)
 
 
-def relative_error(out: jax.Array, q: jax.Array, cache: PagedLatentCache) -> float:
-    """Of the first and the last sequence, eight heads each, against float64."""
-    difference = reference = 0.0
-    heads = np.linspace(0, q.shape[2] - 1, 8).astype(int)
+def reference(q: jax.Array, cache: PagedLatentCache) -> dict[int, np.ndarray]:
+    """By sequence, the first and the last, eight heads' exact output in float64."""
+    exact = {}
     for b in {0, q.shape[0] - 1}:
-        keys = np.asarray(cache.pages[cache.page_table[b]].astype(jnp.float32), np.float64).reshape(-1, L + R)
-        scores = np.asarray(q[b, 0, heads].astype(jnp.float32), np.float64) @ keys.T * SCALE
+        pages = np.asarray(cache.pages[cache.page_table[b]].astype(jnp.float32))
+        keys = pages.astype(np.float64).reshape(-1, L + R)
+        scores = np.asarray(q[b, 0, some_heads(q)].astype(jnp.float32), np.float64) @ keys.T * SCALE
         p = np.exp(scores - scores.max(-1, keepdims=True))
-        exact = p @ keys[:, :L] / p.sum(-1, keepdims=True)
-        got = np.asarray(out[b, 0, heads].astype(jnp.float32), np.float64)
-        difference += np.sum((got - exact) ** 2)
-        reference += np.sum(exact**2)
-    return float(np.sqrt(difference / reference))
+        exact[b] = p @ keys[:, :L] / p.sum(-1, keepdims=True)
+    return exact
 
 
-def measure(name: str, heads: int, batch: int, keys: int, page: int) -> dict[str, object]:
-    """One row of the table, gate first."""
-    q, cache, visible = operands(heads, batch, keys, page)
-    call = jax.jit(functools.partial(attention, name=name))
-    error = relative_error(call(q, cache, visible), q, cache)
-    two = jnp.array([0, batch - 1])
-    plain = PagedLatentCache(cache.pages, cache.page_table[two], cache.length[two], L)
-    xla = jax.jit(functools.partial(attention, name="xla"))
-    allowed = 1.25 * relative_error(xla(q[two], plain, visible[two]), q[two], plain)
-    if not error <= allowed:
-        raise RuntimeError(f"{name}: relative error {error:.2e}, more than {allowed:.2e}; not timed.")
-    median, spread = kernel_us(call, [(q, cache, visible)] * CALLS)
+def relative_error(out: jax.Array, exact: dict[int, np.ndarray]) -> float:
+    """Of the 2-norm of what `reference` has."""
+    difference = total = 0.0
+    for b, rows in exact.items():
+        got = np.asarray(out[b, 0, some_heads(out)].astype(jnp.float32), np.float64)
+        difference += np.sum((got - rows) ** 2)
+        total += np.sum(rows**2)
+    return float(np.sqrt(difference / total))
+
+
+def some_heads(x: jax.Array) -> np.ndarray:
+    """Eight of them."""
+    return np.linspace(0, x.shape[2] - 1, 8).astype(int)
+
+
+def measure(compiled, shape: Shape, args: tuple, exact: dict[int, np.ndarray], dtype: str) -> dict[str, object]:
+    """The figures of a row, gate first."""
+    error = relative_error(compiled(*args), exact)
+    if not error <= GATE:
+        raise RuntimeError(f"relative error {error:.2e}, more than {GATE:.2e}; not timed.")
+    calls = kernels_us(compiled, args, CALLS)[1:]
+    low, median, high = statistics.quantiles([sum(us for _, us in call) for call in calls], n=4)
+    parts: dict[str, float] = {}
+    for call in calls:
+        for name, us in call:
+            parts[name[:40]] = parts.get(name[:40], 0.0) + us / len(calls)
+    heads, batch, keys = shape
     flops = 2 * batch * heads * keys * (2 * L + R)
-    moved = batch * keys * (L + R) * 2 + batch * heads * (2 * L + R) * 2
+    moved = batch * keys * (L + R) * jnp.dtype(dtype).itemsize + batch * heads * (2 * L + R) * 2
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
     return {
-        "name": name,
-        "heads": heads,
-        "batch": batch,
-        "keys": keys,
-        "page": page,
         "kernel_us": round(median, 2),
-        "kernel_iqr_us": round(spread, 2),
+        "kernel_iqr_us": round(high - low, 2),
+        "kernels": {name: round(us, 2) for name, us in largest},
         "tflops": round(flops / median / 1e6, 1),
         "tb_per_s": round(moved / median / 1e6, 3),
         "relative_error": error,
     }
 
 
-def flashmla(shapes, seconds: float) -> list[dict[str, object]]:
-    """FlashMLA's rows, or one that says why there are none."""
+def compile_all(names, shapes, page: int, dtype: str, pool: ThreadPoolExecutor) -> dict[tuple[str, Shape], Future]:
+    """Programs that are being compiled; lowering is Python, compiling runs side by side."""
+    programs = {}
+    for name in names:
+        for shape in shapes:
+            args = jax.eval_shape(functools.partial(operands, shape, page, dtype))
+            lower = functools.partial(jax.jit(functools.partial(attention, name=name)).lower, *args)
+            programs[name, shape] = pool.submit(lambda lower=lower: lower().compile())
+    return programs
+
+
+def start_flashmla(shapes) -> subprocess.Popen | None:
+    """A process that times FlashMLA, or None where it cannot."""
     command = [sys.executable, "-m", "bench.flashmla", *("x".join(map(str, shape)) for shape in shapes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def flashmla_rows(process: subprocess.Popen, seconds: float) -> list[dict[str, object]]:
+    """What it printed, and why it stopped early if it did."""
+    late = False
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1))
+        printed, complaint = process.communicate(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
-        return [{"name": "flashmla", "error": "out of time"}]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode:
-        rows.append({"name": "flashmla", "error": done.stderr.strip().splitlines()[-1:]})
+        process.kill()
+        printed, complaint = process.communicate()
+        late = True
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    if late or process.returncode:
+        rows.append({"name": "flashmla", "error": "out of time" if late else complaint.strip().splitlines()[-1:]})
     return rows
 
 
@@ -119,40 +163,67 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
     parser.add_argument("--page", type=int, default=64, help="page size")
+    parser.add_argument("--cache", default="bfloat16", help="the cache's dtype")
     parser.add_argument("--names", default=",".join(NAMES), help="implementations, separated by commas")
     parser.add_argument("--shapes", help="heads x sequences x keys, as 128x32x4096,16x64x16384")
+    parser.add_argument("--no-flashmla", action="store_true", help="leave FlashMLA out")
     args = parser.parse_args()
     start = time.monotonic()
-    shapes = SHAPES
+    shapes: Sequence[Shape] = SHAPES
     if args.shapes:
-        shapes = tuple(tuple(map(int, text.split("x"))) for text in args.shapes.split(","))
+        numbers = [map(int, text.split("x")) for text in args.shapes.split(",")]
+        shapes = [(heads, batch, keys) for heads, batch, keys in numbers]
+    names = args.names.split(",")
+
+    def left() -> float:
+        return args.seconds - (time.monotonic() - start)
+
     rows: list[dict[str, object]] = []
-    for heads, batch, keys in shapes:
-        for name in args.names.split(","):
-            where = {"name": name, "heads": heads, "batch": batch, "keys": keys}
-            reason = implementations.why_not(name)
-            if time.monotonic() - start > args.seconds:
-                reason = "out of time"
-            if reason is not None:
-                rows.append(where | {"error": reason})
-                continue
-            try:
-                rows.append(measure(name, heads, batch, keys, args.page))
-            except Exception as error:  # one failure must not hide the other rows
-                rows.append(where | {"error": str(error)[:500]})
-            print(rows[-1], flush=True)
-    rows += flashmla(shapes, args.seconds - (time.monotonic() - start))
-    result = {"environment": environment.describe(args.commit), "rows": rows}
+    what = {"environment": environment.describe(args.commit), "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def add(*new: dict[str, object]) -> None:
+        for row in new:
+            rows.append(row)
+            print(round(time.monotonic() - start, 1), row, flush=True)
+        args.out.write_text(json.dumps(what, indent=1) + "\n")
+
+    add(*({"name": name, "error": why} for name in names if (why := implementations.why_not(name))))
+    names = [name for name in names if implementations.why_not(name) is None]
+    kernels = [name for name in names if name != implementations.XLA]
+    flashmla = None if args.no_flashmla else start_flashmla(shapes)
+    with ThreadPoolExecutor(8) as pool:
+        programs = compile_all(kernels, shapes, args.page, args.cache, pool)
+        if flashmla is not None:
+            add(*flashmla_rows(flashmla, left() / 2))
+        # XLA's products are tuned by timing them, so these wait for FlashMLA; and they come last.
+        for group in (kernels, [name for name in names if name == implementations.XLA]):
+            for shape in shapes:
+                where = {**dict(zip(("heads", "batch", "keys"), shape, strict=True)), "page": args.page}
+                where["cache"] = args.cache
+                if left() < 0:
+                    add(*({"name": name, **where, "error": "out of time"} for name in group))
+                    continue
+                if not group:
+                    continue
+                call = jax.jit(operands, static_argnums=(0, 1, 2))(shape, args.page, args.cache)
+                exact = reference(call[0], call[1])
+                for name in group:
+                    if (name, shape) not in programs:
+                        programs |= compile_all([name], [shape], args.page, args.cache, pool)
+                    try:
+                        row = measure(programs[name, shape].result(), shape, call, exact, args.cache)
+                    except Exception as error:  # one failure must not hide the other rows
+                        row = {"error": f"{type(error).__name__}: {error}"[:500]}
+                    add({"name": name, **where, **row})
     print(f"{'':12}{'heads':>6}{'B':>5}{'S':>7}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}")
     for row in rows:
-        where = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("heads", 6), ("batch", 5), ("keys", 7)))
+        place = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("heads", 6), ("batch", 5), ("keys", 7)))
         if "error" in row:
-            print(f"{row['name']:12}{where}  {row['error']}")
+            print(f"{row['name']:12}{place}  {row['error']}")
         else:
             rates = f"{row.get('tflops', ''):>9}{row.get('tb_per_s', ''):>7}"
-            print(f"{row['name']:12}{where}{row['kernel_us']:>9}{rates}")
+            print(f"{row['name']:12}{place}{row['kernel_us']:>9}{rates}")
 
 
 if __name__ == "__main__":

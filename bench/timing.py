@@ -77,3 +77,21 @@ def loop_us(step: Callable, state: jax.Array, weights, calls: int, *, repeats: i
         state = run(state, weights)
     state.block_until_ready()
     return (time.perf_counter() - start) / (repeats * calls) * 1e6
+
+
+def kernels_us(compiled: Callable, args: tuple, calls: int) -> list[list[tuple[str, float]]]:
+    """By call, the kernels that CUPTI sees on the device and their times, microseconds.
+
+    Args:
+        compiled: jitted or compiled; it is called for itself, so nothing is compiled again here.
+        args: of every call.
+        calls: how many follow each other. Where they do not all launch the same kernels (loops whose trip count is
+            data), each is measured alone.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    try:
+        _, seen = profiler.measure(compiled, aggregate=False, iterations=calls)(*args)
+    except RuntimeError:
+        seen = [profiler.measure(compiled, aggregate=False)(*args)[1] for _ in range(calls)]
+    return [[(name, 1e3 * ms) for name, ms in kernels or ()] for kernels in seen or ()]

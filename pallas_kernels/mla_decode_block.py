@@ -19,6 +19,8 @@ TILES = (L + R) // 64  # of a slot; the last is the rope's
 # A block starts with 168 a thread, and waits for ever where it asks for more in all: 2 * 224 + 56 = 3 * 168.
 # With 232 and 40 the loading warp spills.
 COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 56
+# 2 * 192 + 120 likewise: an e4m3 cache passes through the loading warpgroup's registers.
+E4M3_COMPUTE_REGISTERS, E4M3_LOADER_REGISTERS = 192, 120
 LOG2_E = math.log2(math.e)
 # The reference follows the maximum when it has grown by this many powers of 2: P stays below 2^8, far inside bf16.
 SLACK = 8.0
@@ -38,6 +40,7 @@ class Problem:
     pages: int  # N; that of the sequences where the cache is contiguous
     scale: float
     split_size: int
+    e4m3: bool = False  # the cache's dtype, else bf16
 
     @property
     def rows(self) -> int:
@@ -51,8 +54,8 @@ class Problem:
 
     @property
     def cluster(self) -> int:
-        """Row blocks that share their loads."""
-        return 2 if self.blocks % 2 == 0 else 1
+        """Row blocks that share their loads, by multicast into shared memory."""
+        return 2 if self.blocks % 2 == 0 and not self.e4m3 else 1
 
     @property
     def splits(self) -> int:
@@ -91,7 +94,7 @@ def shared_memory(problem: Problem) -> dict:
         zero=plgpu.SMEM((128,), jnp.int32),
         present=plgpu.SMEM((2,), jnp.int32),
         q_full=plgpu.Barrier(num_arrivals=3),
-        full=plgpu.Barrier(num_arrivals=problem.pieces, num_barriers=2 * TILES),
+        full=plgpu.Barrier(num_arrivals=1 if problem.e4m3 else problem.pieces, num_barriers=2 * TILES),
         # (slot, half): the half's last product is done, in both blocks of a cluster.
         empty=(cluster_barrier if shared else plgpu.Barrier)(num_barriers=4),
         handed=plgpu.Barrier(num_barriers=2),  # P of the slot is out

@@ -10,13 +10,24 @@ from jax import lax
 from pallas_kernels import shared_memory, wgmma
 from pallas_kernels.backend import pl
 from pallas_kernels.global_memory import store_rows
-from pallas_kernels.mla_decode_block import COMPUTE_REGISTERS, KEYS, LOG2_E, LOWEST, ROWS, SLACK, TILES, Block, L
+from pallas_kernels.mla_decode_block import (
+    COMPUTE_REGISTERS,
+    E4M3_COMPUTE_REGISTERS,
+    KEYS,
+    LOG2_E,
+    LOWEST,
+    ROWS,
+    SLACK,
+    TILES,
+    Block,
+    L,
+)
 from pallas_kernels.mosaic import ROW, WGMMA, load_array, plgpu
 
 
 def compute(block: Block, w: int) -> None:
     """Warpgroup w's whole work: columns 256 w .. 256 w + 255 of the output."""
-    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    plgpu.set_max_registers(E4M3_COMPUTE_REGISTERS if block.problem.e4m3 else COMPUTE_REGISTERS, action="increase")
     s = block.shared
     s["zero"][...] = plgpu.layout_cast(jnp.full((128,), 0, jnp.int32), plgpu.Layout.WG_STRIDED((128,), vec_size=1))
     plgpu.commit_smem()

@@ -24,30 +24,35 @@ def load(block: Block) -> None:
     in_first_warp(functools.partial(_produce, block))
 
 
-def _produce(block):
+def load_queries(block: Block) -> None:
+    """Ask for them."""
     for j, ref in enumerate(block.queries):
         rows = block.q_ref.at[block.b, pl.ds(block.index * ROWS, ROWS), pl.ds(j * 256, ref.shape[1])]
         plgpu.copy_gmem_to_smem(rows, ref, block.shared["q_full"])
 
+
+def _produce(block):
+    load_queries(block)
+
     @pl.when(block.steps > 0)
     def _():
-        ids = _page_ids(block, 0)
+        ids = page_ids(block, 0)
         for slot in (0, 1):
             _fill(block, 0, slot, ids[slot], first=True)
 
         def step(i, ids):
             # The ids of the step after this one, asked for a step before they are needed.
-            following = _page_ids(block, i + 1)
+            following = page_ids(block, i + 1)
             if block.problem.cluster == 2:
                 _prefetch(block, i, ids)
             for slot in (0, 1):
                 _fill(block, i, slot, ids[slot], first=False)
             return following
 
-        lax.fori_loop(1, block.steps, step, _page_ids(block, 1))
+        lax.fori_loop(1, block.steps, step, page_ids(block, 1))
 
 
-def _page_ids(block, i):
+def page_ids(block: Block, i) -> list[tuple]:
     """By slot, the table's entries for a step's tile set, one a piece; none where the cache is contiguous."""
     if block.table_ref is None:
         return [(), ()]
@@ -63,7 +68,7 @@ def _page_ids(block, i):
     return [tuple(entry(slot, piece) for piece in range(problem.pieces)) for slot in (0, 1)]
 
 
-def _places(block, i, slot, ids):
+def find_places(block: Block, i, slot, ids) -> tuple[list[tuple], Any]:
     """Where a slot's tile set lies, (leading index, first row) by piece, and which of its pages exist."""
     tile = 2 * (block.first + i) + slot
     if not ids:
@@ -79,7 +84,7 @@ def _places(block, i, slot, ids):
 
 
 def _fill(block, i, slot, ids, *, first):
-    places, present = _places(block, i, slot, ids)
+    places, present = find_places(block, i, slot, ids)
     shared: dict[str, Any] = dict(collective_axes="h") if block.problem.cluster == 2 else {}
 
     def copy(tile, ref):
@@ -103,7 +108,7 @@ def _fill(block, i, slot, ids, *, first):
 def _prefetch(block, i, ids):
     """Ask L2 for one tile set of the step; the cluster's other block asks for the other."""
     mine = lax.axis_index("h")
-    places, _ = _places(block, i, mine, tuple(jnp.where(mine == 0, *pair) for pair in zip(*ids, strict=True)))
+    places, _ = find_places(block, i, mine, tuple(jnp.where(mine == 0, *pair) for pair in zip(*ids, strict=True)))
     for page, row in places:
         for j, ref in enumerate(block.queries):
             columns = pl.ds(j * 256, ref.shape[1])

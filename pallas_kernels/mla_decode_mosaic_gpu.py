@@ -38,10 +38,12 @@ from pallas_kernels.backend import pl
 from pallas_kernels.mla_decode_block import ROWS, Block, L, Problem, R, shared_memory
 from pallas_kernels.mla_decode_compute import compute
 from pallas_kernels.mla_decode_load import load
+from pallas_kernels.mla_decode_load_e4m3 import load_e4m3
 from pallas_kernels.mosaic import compiler_params, plgpu
 
 PAGE_SIZES = (16, 64, 128)
 MAX_TOKENS = 8
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
 
 def mla_decode_mosaic_gpu(
@@ -73,7 +75,9 @@ def mla_decode_mosaic_gpu(
     batch, tokens, heads, _ = q.shape
     page_size = None if page_table is None else entries.shape[1]
     capacity = entries.shape[1] if page_table is None else page_table.shape[1] * entries.shape[1]
-    problem = Problem(batch, tokens, heads, capacity, page_size, entries.shape[0], scale, split_size)
+    problem = Problem(
+        batch, tokens, heads, capacity, page_size, entries.shape[0], scale, split_size, entries.dtype == E4M3
+    )
     rows = q.reshape(batch, problem.rows, L + R)
     padding = -problem.rows % 8  # TMA takes whole groups of 8 rows; past the last it reads zeros and writes nothing
     if padding:
@@ -115,16 +119,17 @@ def _kernel(problem: Problem, q_ref, kv_ref, *refs, **scratch):
     @pl.when((block.steps > 0) | (problem.splits == 1))
     def _():
         warpgroup = lax.axis_index("wg")
-        pl.when(warpgroup == 2)(functools.partial(load, block))
+        pl.when(warpgroup == 2)(functools.partial(load_e4m3 if problem.e4m3 else load, block))
         pl.when(warpgroup == 0)(functools.partial(compute, block, 0))
         pl.when(warpgroup == 1)(functools.partial(compute, block, 1))
 
 
 def unsupported(q, entries, page_table, *, kv_lora_rank: int) -> str | None:
     """Why this kernel cannot take these operands (arrays or anything with shape and dtype), or None."""
-    for name, x in (("q", q), ("the cache", entries)):
-        if jnp.dtype(x.dtype) != jnp.bfloat16:
-            return f"{name} must be bfloat16; got {jnp.dtype(x.dtype).name}."
+    if jnp.dtype(q.dtype) != jnp.bfloat16:
+        return f"q must be bfloat16; got {jnp.dtype(q.dtype).name}."
+    if jnp.dtype(entries.dtype) not in (jnp.bfloat16, E4M3):
+        return f"the cache must be bfloat16 or float8_e4m3fn; got {jnp.dtype(entries.dtype).name}."
     if kv_lora_rank != L or entries.shape[-1] != L + R:
         rope = entries.shape[-1] - kv_lora_rank
         return f"entries must have L = {L} and R = {R} columns; got {kv_lora_rank} and {rope}."

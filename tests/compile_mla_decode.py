@@ -12,20 +12,26 @@ import re
 import sys
 import tempfile
 
+BF16, E4M3 = "bfloat16", "float8_e4m3fn"
 CONFIGS = [
-    # B, T, H, capacity, page size (0: contiguous), split size
-    (4, 1, 128, 4096, 0, 2048),
-    (4, 1, 128, 4096, 0, 4096),
-    (4, 1, 128, 4096, 64, 2048),
-    (4, 1, 128, 4096, 64, 4096),
-    (4, 1, 128, 4096, 128, 2048),
-    (4, 1, 128, 4096, 16, 2048),
-    (4, 1, 64, 4096, 64, 2048),
-    (4, 1, 32, 4096, 64, 4096),
-    (4, 3, 20, 4096, 128, 2048),
-    (4, 1, 16, 4096, 64, 1024),
-    (4, 1, 8, 4096, 16, 4096),
-    (4, 8, 128, 4096, 64, 2048),
+    # B, T, H, capacity, page size (0: contiguous), split size, and the cache's dtype
+    (4, 1, 128, 4096, 0, 2048, BF16),
+    (4, 1, 128, 4096, 0, 4096, BF16),
+    (4, 1, 128, 4096, 64, 2048, BF16),
+    (4, 1, 128, 4096, 64, 4096, BF16),
+    (4, 1, 128, 4096, 128, 2048, BF16),
+    (4, 1, 128, 4096, 16, 2048, BF16),
+    (4, 1, 64, 4096, 64, 2048, BF16),
+    (4, 1, 32, 4096, 64, 4096, BF16),
+    (4, 3, 20, 4096, 128, 2048, BF16),
+    (4, 1, 16, 4096, 64, 1024, BF16),
+    (4, 1, 8, 4096, 16, 4096, BF16),
+    (4, 8, 128, 4096, 64, 2048, BF16),
+    (4, 1, 128, 4096, 0, 2048, E4M3),
+    (4, 1, 128, 4096, 64, 4096, E4M3),
+    (4, 1, 16, 4096, 64, 2048, E4M3),
+    (4, 1, 16, 4096, 16, 2048, E4M3),
+    (4, 8, 20, 4096, 128, 4096, E4M3),
 ]
 
 
@@ -53,12 +59,12 @@ def main() -> None:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     results = []
-    for batch, tokens, heads, capacity, page, split_size in CONFIGS:
+    for batch, tokens, heads, capacity, page, split_size, dtype in CONFIGS:
         for old in folder.iterdir():
             old.unlink()
         columns = capacity // page if page else 0
         entries = (batch * columns, page, 576) if page else (batch, capacity, 576)
-        operands = [shape((batch, tokens, heads, 576), jnp.bfloat16), shape(entries, jnp.bfloat16)]
+        operands = [shape((batch, tokens, heads, 576), jnp.bfloat16), shape(entries, jnp.dtype(dtype))]
         operands += [shape((batch, columns), jnp.int32)] if page else []
         operands += [shape((batch, tokens), jnp.int32), shape((batch,), jnp.int32)]
 

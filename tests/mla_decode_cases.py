@@ -20,6 +20,8 @@ class Case:
         lengths: keys a sequence holds, the new tokens' own included.
         page: page size; None for a contiguous cache.
         bad_pages: replace some page ids by ones that are no page.
+        dtype: of the queries and the result.
+        cache_dtype: of the cache, where it is another.
     """
 
     lengths: tuple[int, ...]
@@ -31,10 +33,13 @@ class Case:
     page: int | None = None
     bad_pages: bool = False
     dtype: str = "bfloat16"
+    cache_dtype: str | None = None
 
     def __str__(self) -> str:
         kind = "contiguous" if self.page is None else f"page{self.page}" + "bad" * self.bad_pages
-        return f"{self.dtype}-{kind}-T{self.tokens}-H{self.heads}-L{self.rank}-" + "_".join(map(str, self.lengths))
+        return f"{self.cache_dtype or self.dtype}-{kind}-T{self.tokens}-H{self.heads}-L{self.rank}-" + "_".join(
+            map(str, self.lengths)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Built:
 def build(case: Case, rng: np.random.Generator) -> Built:
     batch, width = len(case.lengths), case.rank + case.rope
     dtype = jnp.dtype(case.dtype)
+    cache_dtype = jnp.dtype(case.cache_dtype or dtype)
     capacity = case.capacity or max(*case.lengths, 1)
     lengths = np.array(case.lengths, np.int32)
     steps = np.arange(case.tokens)[None]
@@ -60,9 +66,9 @@ def build(case: Case, rng: np.random.Generator) -> Built:
         stored = np.full((batch, capacity, width), np.nan, np.float32)
         entries = []
         for b, length in enumerate(case.lengths):
-            stored[b, :length] = rounded(rng.standard_normal((length, width)), dtype)
+            stored[b, :length] = rounded(rng.standard_normal((length, width)), cache_dtype)
             entries.append(list(stored[b, :length].astype(np.float64)))
-        cache: Cache = LatentCache(jnp.asarray(stored, dtype), jnp.asarray(lengths), case.rank)
+        cache: Cache = LatentCache(jnp.asarray(stored, cache_dtype), jnp.asarray(lengths), case.rank)
         return Built(jnp.asarray(q, dtype), cache, jnp.asarray(visible), entries)
 
     columns = -(-capacity // case.page)
@@ -71,7 +77,7 @@ def build(case: Case, rng: np.random.Generator) -> Built:
     table = rng.permutation(number)[: batch * columns].reshape(batch, columns).astype(np.int32)
     for b, length in enumerate(case.lengths):
         for s in range(length):
-            stored[table[b, s // case.page], s % case.page] = rounded(rng.standard_normal(width), dtype)
+            stored[table[b, s // case.page], s % case.page] = rounded(rng.standard_normal(width), cache_dtype)
     if case.bad_pages:
         table[0, 0] = -1
         table[-1, min(1, columns - 1)] = number
@@ -82,7 +88,7 @@ def build(case: Case, rng: np.random.Generator) -> Built:
         entries.append(
             [stored[p, s % case.page].astype(np.float64) if 0 <= p < number else None for s, p in enumerate(pages)]
         )
-    cache = PagedLatentCache(jnp.asarray(stored, dtype), jnp.asarray(table), jnp.asarray(lengths), case.rank)
+    cache = PagedLatentCache(jnp.asarray(stored, cache_dtype), jnp.asarray(table), jnp.asarray(lengths), case.rank)
     return Built(jnp.asarray(q, dtype), cache, jnp.asarray(visible), entries)
 
 
@@ -94,7 +100,7 @@ def rounded(x: np.ndarray, dtype) -> np.ndarray:
 def check(out, lse, case: Case, built: Built) -> None:
     """Assert that a result is the oracle's, within what float32 sums and the dtype's roundings can do.
 
-    Let u be the unit roundoff of the dtype (2^-9 for bfloat16). A score is a sum of D products in float32, on tensor
+    Let u be the unit roundoff of the dtype (2^-8 for bfloat16). A score is a sum of D products in float32, on tensor
     cores with truncation, so off by at most ds = 2 D 2^-24 scale sum |q k|; an exponential by its own 2^-22 and by
     what the score moves it. Rounding a probability moves the output by at most u sum p |v| / sum p, and so on:
 

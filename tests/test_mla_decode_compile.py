@@ -25,16 +25,16 @@ MOST_SPILLED = {16: 320, None: 96}
 GPUS = {"cuda": "NVIDIA H100 80GB HBM3", "rocm": "gfx942"}
 
 
-def operands(batch, tokens, heads, capacity, page, rank=512, rope=64, dtype=jnp.bfloat16):
+def operands(batch, tokens, heads, capacity, page, rank=512, rope=64, dtype=jnp.bfloat16, cache_dtype=None):
     shape = jax.ShapeDtypeStruct
     width = rank + rope
     length = shape((batch,), jnp.int32)
     if page:
         columns = capacity // page
-        pages = shape((batch * columns, page, width), dtype)
+        pages = shape((batch * columns, page, width), cache_dtype or dtype)
         cache = PagedLatentCache(pages, shape((batch, columns), jnp.int32), length, rank)
     else:
-        cache = LatentCache(shape((batch, capacity, width), dtype), length, rank)
+        cache = LatentCache(shape((batch, capacity, width), cache_dtype or dtype), length, rank)
     return shape((batch, tokens, heads, width), dtype), cache, shape((batch, tokens), jnp.int32)
 
 
@@ -61,17 +61,18 @@ def test_the_triton_kernel_lowers(platform, dtype, tokens, heads, page, rank, ro
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU needs jax 0.11")
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_the_mosaic_kernel_lowers(config):
-    batch, tokens, heads, capacity, page, split_size = config
-    args = operands(batch, tokens, heads, capacity, page)
+    batch, tokens, heads, capacity, page, split_size, dtype = config
+    args = operands(batch, tokens, heads, capacity, page, cache_dtype=dtype)
     text = lowered("cuda", *args, split_size=split_size, implementation="mosaic_gpu")
     assert "mosaic_gpu" in text
     assert ("xla.gpu.triton" in text) == (split_size < capacity)  # the combine step
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU needs jax 0.11")
-def test_the_mosaic_kernel_is_chosen_where_it_can_run(confirmed):
+def test_the_mosaic_kernel_is_chosen_where_it_can_run():
     args = operands(2, 1, 16, 2048, 64)
     assert "mosaic_gpu" in lowered("cuda", *args)
+    assert "xla.gpu.triton" in lowered("rocm", *args)
     assert "mosaic_gpu" not in lowered("rocm", *args)
 
 
@@ -85,25 +86,11 @@ def test_the_mosaic_kernel_is_chosen_where_it_can_run(confirmed):
         ({"page": 32}, "page size"),
     ],
 )
-def test_the_mosaic_kernel_says_what_it_lacks(change, text, confirmed):
+def test_the_mosaic_kernel_says_what_it_lacks(change, text):
     args = operands(**({"batch": 2, "tokens": 1, "heads": 16, "capacity": 2304, "page": 64} | change))
     with pytest.raises(NotImplementedError, match=text):
         lowered("cuda", *args, implementation="mosaic_gpu")
     assert "xla.gpu.triton" in lowered("cuda", *args)
-
-
-def test_no_kernel_is_chosen_before_a_gpu_has_confirmed_it():
-    module = sys.modules["mla_fp4_jax.ops.mla_decode"]
-    if not module._UNCONFIRMED:
-        pytest.skip("all are confirmed")
-    text = lowered("cuda", *operands(2, 1, 16, 2048, 64))
-    assert "mosaic_gpu" not in text and "xla.gpu.triton" not in text
-
-
-@pytest.fixture
-def confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice as it will be once every kernel has passed its tests on a GPU."""
-    monkeypatch.setattr(sys.modules["mla_fp4_jax.ops.mla_decode"], "_UNCONFIRMED", ())
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +113,7 @@ def compiled() -> list[dict]:
 )
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=[str(config) for config in CONFIGS])
 def test_the_mosaic_kernel_compiles_for_sm_90(index, compiled):
-    batch, tokens, heads, capacity, page, split_size = CONFIGS[index]
+    batch, tokens, heads, capacity, page, split_size, dtype = CONFIGS[index]
     report = compiled[index]
     assert not report["serialised"], "ptxas serialised the warpgroup products"
     assert not report["ignored_registers"], "ptxas ignored setmaxnreg"

@@ -11,12 +11,24 @@ import numpy as np
 import pytest
 from mla_decode_cases import SCALE, Case, build, check
 
+from mla_fp4_jax.cache import LatentCache
 from mla_fp4_jax.ops import implementations, mla_decode
 
 pytestmark = pytest.mark.gpu
 
 full = functools.partial(Case, rank=512, rope=64)
 KERNELS = ("mosaic_gpu", "triton")
+E4M3 = "float8_e4m3fn"
+E4M3_CASES = [
+    (full((256, 256), heads=64), None),
+    (full((256, 250), heads=128), 128),
+    (full((0, 1, 63, 64, 65, 512), heads=128, page=64, bad_pages=True), None),
+    (full((0, 1, 63, 128, 129, 520), heads=16), 256),
+    (full((0, 127, 128, 129, 300, 1024), heads=16, page=128, bad_pages=True), 384),
+    (full((0, 15, 16, 17, 300, 512), heads=128, page=16, bad_pages=True), 256),
+    (full((512, 9), tokens=8, heads=128, page=64), 256),
+    (full((4096, 3000, 1, 0), heads=20, page=64), 1024),
+]
 CASES = [
     (full((256, 256), heads=64), None),
     (full((256, 256), heads=128), None),  # two row blocks: a cluster that shares its loads
@@ -34,14 +46,19 @@ CASES = [
     (full((512, 9), tokens=8, heads=128, page=64, bad_pages=True), 256),
     (full((512, 9), tokens=2, heads=32, page=128), None),
     (full((4096, 3000, 1, 0), heads=128, page=64), 1024),
+    *[(dataclasses.replace(case, cache_dtype=E4M3), split_size) for case, split_size in E4M3_CASES],
 ]
 
 
-def run(built, *, implementation, split_size):
-    call = functools.partial(
-        mla_decode, scale=SCALE, return_lse=True, split_size=split_size, implementation=implementation
+@functools.partial(jax.jit, static_argnames=("implementation", "split_size"))
+def attend(q, cache, visible, *, implementation, split_size):
+    return mla_decode(
+        q, cache, visible, scale=SCALE, return_lse=True, split_size=split_size, implementation=implementation
     )
-    return jax.jit(call)(built.q, built.cache, built.visible)
+
+
+def run(built, *, implementation, split_size):
+    return attend(built.q, built.cache, built.visible, implementation=implementation, split_size=split_size)
 
 
 def bits(x) -> np.ndarray:
@@ -78,6 +95,35 @@ def test_a_sequence_does_not_depend_on_its_neighbours(implementation, heads, rng
         alone = dataclasses.replace(built, q=built.q[b : b + 1], cache=one, visible=built.visible[b : b + 1])
         for x, y in zip(together, run(alone, implementation=implementation, split_size=256), strict=True):
             assert np.array_equal(bits(x)[b : b + 1], bits(y))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_every_finite_e4m3_code_is_read_exactly(implementation, rng):
+    """A sequence of one key has that key's latent as its output, whatever the score."""
+    needs(implementation)
+    codes = np.arange(512, dtype=np.uint8)
+    codes[codes & 0x7F == 0x7F] = 0
+    entries = rng.permuted(np.tile(np.concatenate([codes, codes[:64]]), (4, 128, 1)), axis=-1)
+    entries[..., 512:] = 0
+    stored = jax.lax.bitcast_convert_type(jnp.asarray(entries), jnp.float8_e4m3fn)
+    cache = LatentCache(stored, jnp.ones(4, jnp.int32), 512)
+    q = jnp.zeros((4, 1, 64, 576), jnp.bfloat16).at[..., 512:].set(1)
+    out, _ = attend(q, cache, jnp.ones((4, 1), jnp.int32), implementation=implementation, split_size=128)
+    exact = np.asarray(stored[:, 0, :512].astype(jnp.float32))
+    assert np.array_equal(np.asarray(out[:, 0].astype(jnp.float32)), np.tile(exact[:, None], (1, 64, 1)))
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", E4M3])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_nan_that_is_seen_shows(implementation, cache_dtype, rng):
+    needs(implementation)
+    built = build(full((200, 70), heads=16, cache_dtype=cache_dtype), rng)
+    for column in (3, 517):  # of the latent, of the rope key
+        entries = built.cache.entries.at[0, 150, column].set(jnp.nan)
+        cache = dataclasses.replace(built.cache, entries=entries)
+        poisoned = dataclasses.replace(built, cache=cache)
+        out = np.asarray(run(poisoned, implementation=implementation, split_size=128)[0].astype(jnp.float32))
+        assert np.all(np.isnan(out[0])) and np.all(np.isfinite(out[1]))
 
 
 def test_the_fastest_is_chosen_and_right(rng):

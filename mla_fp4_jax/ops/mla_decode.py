@@ -12,16 +12,12 @@ from jaxtyping import Array, Float, Int
 from mla_fp4_jax import attention
 from mla_fp4_jax.cache import Cache, PagedLatentCache
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, XLA
 from pallas_kernels import mla_decode_triton as triton
 from pallas_kernels.mla_decode_combine import combine_splits
 from pallas_kernels.split_plan import STEP, choose_split_size
 
 _ROW_BLOCK = 64  # rows T * H that a program of the kernels takes at most
-# None does not take these. On the last H100 that ran them the Triton kernel and the Mosaic kernel of one row block
-# were right, the Mosaic kernel of two row blocks (a cluster; descriptors took the cluster's address bits) wrong. All
-# have changed since and compile, but have not run: empty this once tests/test_mla_decode_gpu.py has passed.
-_UNCONFIRMED = (MOSAIC, TRITON)
 
 
 @overload
@@ -125,8 +121,6 @@ def _choose(q: Array, cache: Cache, implementation: str | None) -> tuple[str, st
     reasons = []
     for name in implementations.PREFERENCE:
         reason = _why_not(name, q, cache)
-        if reason is None and name in _UNCONFIRMED:
-            reason = "its present code awaits a run of its tests on a GPU; name it to use it."
         if reason is None:
             return name, "; ".join(reasons)
         reasons.append(f"{name}: {reason}")

@@ -1,0 +1,83 @@
+"""The warpgroup that loads an e4m3 cache, of the Mosaic GPU decoding attention.
+
+Tensor cores take e4m3 only where the summed axis is contiguous, which it is not for the values, so entries become
+bf16 on their way to shared memory: a warpgroup reads them into registers, a whole slot ahead of the one that it
+writes, and writes each tile as soon as the half of the slot is free. The registers are what is in flight, 36 KB of
+them. What follows does not know the difference.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import e4m3
+from pallas_kernels.backend import pl
+from pallas_kernels.mla_decode_block import E4M3_LOADER_REGISTERS, KEYS, TILES, Block, L, R
+from pallas_kernels.mla_decode_load import find_places, load_queries, page_ids
+from pallas_kernels.mosaic import plgpu
+
+
+def load_e4m3(block: Block) -> None:
+    """The third warpgroup's whole work."""
+    plgpu.set_max_registers(E4M3_LOADER_REGISTERS, action="decrease")
+    load_queries(block)
+
+    @pl.when(block.steps > 0)
+    def _():
+        ids = page_ids(block, 0)
+        words, present = _fetch_all(block, 0, 0, ids[0])
+
+        def step(i, carry):
+            words, present, ids = carry
+            # The ids of the step after this one, asked for half a step before they are needed.
+            following = page_ids(block, i + 1)
+            words, present = _pass_on(block, i, 0, words, present, (i, 1, ids))
+            words, present = _pass_on(block, i, 1, words, present, (i + 1, 0, following[0]))
+            return words, present, following[1]
+
+        lax.fori_loop(0, block.steps, step, (words, present, ids[1]))
+
+
+def _pass_on(block, i, slot, words, present, following):
+    """Write what is held to a slot; hold the following slot's (step, slot, page ids) instead."""
+    where = _where(block, *following)
+    held = []
+    for tile in range(TILES):
+        if tile in (0, 4):
+            pl.when(i > 0)(lambda tile=tile: plgpu.barrier_wait(block.shared["empty"].at[2 * slot + tile // 4]))
+        if tile == TILES - 1:
+            # Both halves of the slot are free: so are its rope tile, which held P, and its presence bits.
+            if block.table_ref is not None:
+                block.shared["present"][slot] = present
+            target = block.shared["rope"].at[slot]
+        else:
+            target = block.shared["latent"].at[slot, tile]
+        e4m3.store(words[tile], target)
+        plgpu.barrier_arrive(block.shared["full"].at[slot * TILES + tile])
+        held.append(_fetch(block, where, tile))
+    return tuple(held), where[1]
+
+
+def _fetch_all(block, i, slot, ids):
+    where = _where(block, i, slot, ids)
+    return tuple(_fetch(block, where, tile) for tile in range(TILES)), where[1]
+
+
+def _where(block, i, slot, ids):
+    """Of a slot: the rows its pieces start at, which of its pages exist, the last row, whether any key is seen."""
+    problem = block.problem
+    found, present = find_places(block, i, slot, ids)
+    size = problem.capacity if problem.page_size is None else problem.page_size
+    firsts = [page * size + row for page, row in found]
+    if present is None:
+        present = jnp.int32(problem.all_present)
+    # A contiguous cache may end within the tile; pages are whole.
+    last = (block.b + 1) * size - 1 if problem.page_size is None else jnp.int32(problem.pages * size - 1)
+    wanted = (2 * (block.first + i) + slot) * KEYS < block.most
+    return firsts, present, last, wanted.astype(jnp.int32)
+
+
+def _fetch(block, where, tile):
+    firsts, _, last, wanted = where
+    return e4m3.fetch(block.kv_ref, firsts, last, wanted, tile=tile, width=L + R)
