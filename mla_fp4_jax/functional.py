@@ -22,11 +22,12 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_fp4_jax import attention, rope
+from mla_fp4_jax import rope
 from mla_fp4_jax.cache import Cache
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
+from mla_fp4_jax.ops.mla_prefill import mla_prefill_attention
 from mla_fp4_jax.projections import expand_kv_b, k_up_proj, linear, v_up_proj
 from mla_fp4_jax.weights import MLAWeights
 
@@ -42,6 +43,7 @@ def mla_prefill(
     padding_mask: Bool[Array, "B T"] | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
+    attention_implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """Append a chunk of tokens to the cache and attend causally to all that it then holds.
 
@@ -58,6 +60,7 @@ def mla_prefill(
         padding_mask: which tokens are real, for padding anywhere, such as on the left. Padding is not cached.
         dtype: compute dtype.
         implementation: of the FP4 products; see fp4_bmm.
+        attention_implementation: see ops.mla_prefill_attention.
 
     Returns:
         The layer's output in `dtype`, exactly 0 where a token is padding or did not fit, and the cache.
@@ -80,15 +83,16 @@ def mla_prefill(
     if isinstance(kv_b_proj, FP4Array) and kv_b_proj.format == "mxfp4" and implementation in (None, "mosaic_gpu"):
         # Decoded once for all blocks of latents: exact, and gone when prefill is. A library's matmul does the rest.
         kv_b_proj = kv_b_proj.dequantize(dtype)
-    attended, _ = attention.expanded_attention(
-        jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1),
-        step.cache,
-        step.visible,
-        config.softmax_scale,
-        lambda latent: expand_kv_b(latent, kv_b_proj, implementation=implementation),
-        config.qk_nope_head_dim,
-        config.v_head_dim,
-    )
+    with jax.named_scope("mla/attention"):
+        attended, _ = mla_prefill_attention(
+            jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1),
+            step.cache,
+            step.visible,
+            lambda latent: expand_kv_b(latent, kv_b_proj, implementation=implementation),
+            scale=config.softmax_scale,
+            v_head_dim=config.v_head_dim,
+            implementation=attention_implementation,
+        )
     return _finish(weights, attended, step, implementation)
 
 

@@ -25,6 +25,7 @@ from jaxlib.mlir.dialects import vector as _vector
 
 __all__ = [
     "ACCUMULATOR",
+    "ProductRef",
     "ROW",
     "SCALAR",
     "TILED",
@@ -57,6 +58,8 @@ load_array: Any = plgpu.load  # its second parameter is gone since jax 0.11
 # A warpgroup's [64, n] array as wgmma leaves it, in pairs of columns, and one number per row of it.
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
+# A product's accumulator as Pallas's own wgmma takes it, by shape and dtype.
+ProductRef: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 # The same elements in the same threads, one register each: what an unfinished product must stay in.
 ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
 SCALAR = plgpu.Layout.WG_SPLAT(())
