@@ -113,6 +113,28 @@ def other_shapes(rows: list[dict]) -> list[str]:
     return lines
 
 
+@section("mla_decode")
+def mla_decode_section(result: dict) -> str:
+    """The latent decode attention, and what it is of FlashMLA's time."""
+    rows = [r for r in result["rows"] if "kernel_us" in r and r.get("cache", "bfloat16") == "bfloat16"]
+    found = {(r["name"], r["heads"], r["batch"], r["keys"]): r for r in rows}
+    lines = [
+        "Decode attention on a paged (64) bfloat16 latent cache, L+R = 576: kernels' time in us, merging of splits",
+        "included, with FlashMLA in the same run.",
+        "",
+        *rule("H", "B", "S", "`mosaic_gpu`", "FlashMLA", "ratio", "TB/s", "TFLOP/s", "`triton`", "XLA"),
+    ]
+    for heads, batch, keys in sorted({key[1:] for key in found}, key=lambda key: (-key[0], key[2], key[1])):
+        own, flash, portable, xla = (
+            found.get((name, heads, batch, keys)) for name in ("mosaic_gpu", "flashmla", "triton", "xla")
+        )
+        ratio = f"{own['kernel_us'] / flash['kernel_us']:.2f}" if own and flash else "-"
+        cells = [f"{r['kernel_us']:.1f}" if r else "-" for r in (own, flash, portable, xla)]
+        rates = (own["tb_per_s"], own["tflops"]) if own else ("-", "-")
+        lines.append(row(heads, batch, keys, cells[0], cells[1], ratio, *rates, *cells[2:]))
+    return "\n".join(lines)
+
+
 def plot_fp4_bmm(result: dict, path: Path) -> None:
     """Kernel time against batch, with the floor."""
     import matplotlib

@@ -14,6 +14,7 @@ import pytest
 from kernel_checks import GROUP, Case, prepare, run
 
 import mla_fp4_jax
+from bench import report
 from mla_fp4_jax import FP4Array
 from mla_fp4_jax.cli import main
 from mla_fp4_jax.ops.implementations import PREFERENCE
@@ -159,6 +160,12 @@ def test_the_support_matrix_is_what_the_code_offers():
             assert rows[name] == expected, f"| `{name}` | {' | '.join(expected)} |"
 
 
-def test_benchmarks_without_results_have_no_numbers():
-    results = list((ROOT / "bench" / "results").glob("*.json"))
-    assert results or not re.search(r"\d", section("Benchmarks"))
+def test_the_benchmark_tables_are_those_of_the_results_on_record():
+    assert report.rewritten(README) == README, "run python -m bench.report"
+    typed = section("Benchmarks").split(report.BEGIN)[0]
+    assert not re.search(r"\d[.]\d", typed)
+
+
+def test_the_commands_of_benchmarks_exist():
+    for name in re.findall(r"`python -m bench\.(\w+)", section("Benchmarks")):
+        assert (ROOT / "bench" / f"{name}.py").exists(), name
