@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from mla_fp4_jax.checkpoint.placement import CodeBuffers
+from mla_fp4_jax.checkpoint.placement import CodeBuffers, default_device
 from mla_fp4_jax.checkpoint.plan import FindSharding, LayerPlan, plan_mla_layer, plan_mla_layers
 from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.mla import MLAAttention
 
 logger = logging.getLogger(__name__)
+# Most of the time goes into the kernel's finding and clearing pages, which threads do side by side.
+MOST_THREADS = 4
 
 
 def load_mla_layer(
@@ -73,7 +77,8 @@ def load_mla_layers(
 ) -> list[MLAAttention]:
     """Load the attention layers of a checkpoint, tensor by tensor from the mapped files, straight to their devices.
 
-    Every layer is checked before a byte of any weight is read; host memory holds one weight at a time.
+    Every layer is checked before a byte of any weight is read. Up to four threads load a layer each; beside the
+    result, host memory holds one weight for each of them.
 
     Args:
         layers: their numbers; None for all of the model's, layers of multi-token prediction left out.
@@ -88,15 +93,22 @@ def load_mla_layers(
     """
     _check_dtype(dtype)
     plans = plan_mla_layers(path, layers, prefix=prefix, nibble_order=nibble_order)
-    buffers, total = CodeBuffers(), sum(plan.nbytes for plan in plans)
+    buffers, total, device = CodeBuffers(), sum(plan.nbytes for plan in plans), default_device()
     bar = tqdm(
         total=total, unit="B", unit_scale=True, desc="loading", disable=None if progress is None else not progress
     )
-    with bar:
-        return [
-            load_planned(plan, dtype, implementation, sharding=sharding, buffers=buffers, progress=bar.update)
-            for plan in plans
-        ]
+
+    def load(plan: LayerPlan) -> MLAAttention:
+        with jax.default_device(device):  # which a thread does not inherit
+            return load_planned(plan, dtype, implementation, sharding=sharding, buffers=buffers)
+
+    threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, len(plans)))
+    layers = []
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for plan, layer in zip(plans, pool.map(load, plans), strict=True):
+            layers.append(layer)
+            bar.update(plan.nbytes)
+    return layers
 
 
 def load_planned(

@@ -43,7 +43,8 @@ class CodeBuffers:
         shape = (*packed.shape[:-1], 2 * packed.shape[-1])
         key = (shape, device, default_device())
         if key not in self._empty:
-            self._empty[key] = jnp.zeros(shape, FLOAT4, device=device)
+            # Not jnp.zeros, which XLA's CPU back end fills nibble by nibble.
+            self._empty[key] = jax.device_put(np.zeros(shape, FLOAT4), device)
         return _fill(self._empty[key], packed)
 
 
@@ -61,7 +62,7 @@ def _fill(template: jax.Array, packed: np.ndarray) -> jax.Array:
 def _cpu_memory_is_packed(device: Any) -> bool:
     packed = np.arange(256, dtype=np.uint8).reshape(4, 64)
     try:
-        template = jnp.zeros((4, 128), FLOAT4, device=device)
+        template = jax.device_put(np.zeros((4, 128), FLOAT4), device)
         filled = _fill(template, packed)
         works = bool(jnp.array_equal(_view_as_bytes(filled), packed)) and not bool(jnp.any(_view_as_bytes(template)))
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
