@@ -214,8 +214,8 @@ def _compute(config, scale, narrow, refs, shared, tile, steps):
         plgpu.barrier_wait(shared["k_full"].at[slot])
 
         def scores(product):
-            plgpu.wgmma(product, q_nope, plgpu.transpose_ref(shared["k_nope"].at[slot], (1, 0)))
-            plgpu.wgmma(product, q_rope, plgpu.transpose_ref(shared["k_rope"].at[slot], (1, 0)))
+            plgpu.wgmma(product, q_nope, shared["k_nope"].at[slot].transpose((1, 0)))
+            plgpu.wgmma(product, q_rope, shared["k_rope"].at[slot].transpose((1, 0)))
             if config.schedule:
                 take_turns()
             return product[...]

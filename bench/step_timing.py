@@ -1,0 +1,71 @@
+"""Times of donated steps, and what this GPU allows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+class _Calls:
+    """Something the profiler calls as it is, instead of jitting it; it has the methods of a jitted function."""
+
+    def __init__(self, run, state, weights, calls: int):
+        self.run, self.state, self.weights, self.calls = run, state, weights, calls
+
+    def __call__(self):
+        for _ in range(self.calls):
+            self.state = self.run(self.state, self.weights)
+        return jax.tree.leaves(self.state)[0] + 0
+
+    def trace(self):
+        raise NotImplementedError
+
+    lower = trace
+
+
+def kernels(run, state, weights, calls: int = 6):
+    """(kernels of a call as (name, median us), the state after): run is (state, weights) -> state, state donated."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    again = _Calls(run, state, weights, calls)
+    _, seen = profiler.measure(again, aggregate=False)()
+    seen = [(kernel, 1e3 * ms) for kernel, ms in seen or ()]
+    per_call = len(seen) // calls  # what is left over is the copy of the result
+    if not per_call or len(seen) - per_call * calls > 1:
+        raise RuntimeError(f"every call must launch as many kernels; got {len(seen)} for {calls}.")
+    by_kernel = zip(*(seen[i * per_call : (i + 1) * per_call] for i in range(calls)), strict=True)
+    return [(each[0][0][:60], round(statistics.median(us for _, us in each), 3)) for each in by_kernel], again.state
+
+
+def loop_us(run, state, weights, repeats: int = 20) -> float:
+    """Wall time of a call, microseconds."""
+    for _ in range(3):
+        state = run(state, weights)
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        state = run(state, weights)
+    jax.block_until_ready(state)
+    return (time.perf_counter() - start) / repeats * 1e6
+
+
+def total(parts) -> float:
+    return sum(us for _, us in parts)
+
+
+def measure_ceilings() -> dict[str, float]:
+    """TB/s of reading a gigabyte, TFLOP/s of an 8192^3 bf16 matmul, as XLA does them."""
+    if jax.default_backend() == "cpu":
+        return {"tb_per_s": 3.0, "tflops": 750.0}
+    data, square = jnp.ones((1 << 29,), jnp.bfloat16), jnp.ones((8192, 8192), jnp.bfloat16)
+
+    def best(step, state, weights):
+        seen, _ = kernels(jax.jit(step, donate_argnums=0), state, weights, 5)
+        return total(seen)
+
+    read = best(lambda s, d: s + jnp.max(d.astype(jnp.float32)), jnp.zeros(()), data)
+    multiply = best(lambda s, w: (s @ w) * jnp.bfloat16(0.01), square + 0, square)
+    return {"tb_per_s": round(data.nbytes / read / 1e6, 3), "tflops": round(2 * 8192**3 / multiply / 1e6, 1)}
