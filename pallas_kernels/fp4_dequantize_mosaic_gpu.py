@@ -10,6 +10,7 @@ holds transposed), and writes rows of 16-byte pieces.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,14 @@ def fp4_dequantize_mosaic_gpu(
         warpgroups=1,
         shared_memory_bytes=ALIGNMENT + max(program.key_blocks, program.other_blocks) * _BOX_BYTES,
     )(codes, scales)
+
+
+def unsupported(shape: tuple[int, ...]) -> str | None:
+    """Why weights of this shape, in fragment order, cannot be decoded by this kernel, or None."""
+    size = math.prod(shape)
+    if not 0 < size < 2**32:  # of a head, in fact; offsets within one are 32 bits
+        return f"weights must have 1 .. 2^32 - 1 elements; got {size}."
+    return None
 
 
 class _Dequantize:

@@ -10,7 +10,10 @@ from pallas_kernels.fragments import BLOCK
 BLOCK_BYTES = BLOCK * BLOCK // 2  # codes of a 64 x 64 block
 BLOCK_SCALE_BYTES = BLOCK * BLOCK // 32
 SCALE_WORD_BYTES = 4  # a thread's scales of a block: rows g and g + 8, two groups each
-EXCHANGE_PAD = 4  # float32 after each token's partial results, so that a warp's stores meet all banks
+# float32 after each token's, or each output's partial results, lest a warp's accesses meet in a few banks.
+EXCHANGE_PAD = 4
+PUSH_PAD = 2
+BARRIER_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Config:
         tiles: 64-output tiles that a warpgroup computes, 1 or 2.
         blocks: 64-k blocks of a stage, 1, 2 or 4.
         slots: stages in shared memory at once; slots - 2 are being loaded while one is used.
+        push: partial results go straight from registers to the CTA that adds them, which is quicker but needs room
+            beside the ring; else they meet in the ring's place. For split > 1.
     """
 
     split: int
@@ -32,6 +37,7 @@ class Config:
     tiles: int = 1
     blocks: int = 4
     slots: int = 4
+    push: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +48,13 @@ class Problem:
         batch: M, tokens.
         outputs: N.
         contraction: K.
+        out_bytes: of an element of out, 2 (bfloat16) or 4 (float32).
     """
 
     batch: int
     outputs: int
     contraction: int
+    out_bytes: int = 2
 
 
 def rows(config: Config) -> int:
@@ -85,14 +93,22 @@ def stage_bytes(config: Config) -> int:
     return -(-(x_bytes(config) + code_bytes(config) + scales) // ALIGNMENT) * ALIGNMENT
 
 
+def share(config: Config) -> int:
+    """Outputs that a CTA of the cluster adds up and stores."""
+    return rows(config) // config.split
+
+
 def exchange_bytes(config: Config) -> int:
-    """Of the CTA's partial results, float32 [tokens][rows], which take the ring's place at the end."""
+    """Of partial results, float32: [rank][share][tokens] if pushed, else [tokens][rows], each with padding."""
+    if config.push:
+        return rows(config) * (config.tokens + PUSH_PAD) * 4 + BARRIER_BYTES
     return config.tokens * (rows(config) + EXCHANGE_PAD) * 4
 
 
 def shared_memory_bytes(config: Config) -> int:
-    """The ring or what follows it, and what aligning it may cost."""
-    return ALIGNMENT + max(config.slots * stage_bytes(config), exchange_bytes(config))
+    """The ring, the partial results after it or in its place, and what aligning may cost."""
+    ring, exchange = config.slots * stage_bytes(config), exchange_bytes(config)
+    return ALIGNMENT + (ring + exchange if config.push else max(ring, exchange))
 
 
 def check_config(problem: Problem, config: Config) -> None:
@@ -108,6 +124,7 @@ def check_config(problem: Problem, config: Config) -> None:
         "a CTA's outputs must divide N": problem.outputs % rows(c) == 0,
         "split * blocks must divide the 64-k blocks": problem.contraction % (BLOCK * c.split * c.blocks) == 0,
         "slots must be 3 or more": c.slots >= 3,
+        "push must come with a split": not c.push or c.split > 1,
         "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
     }
     for rule, holds in rules.items():

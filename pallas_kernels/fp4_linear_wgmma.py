@@ -44,6 +44,8 @@ class _Kernel:
 
     def emit(self) -> str:
         self._indices()
+        if self.c.push:
+            self._expect_partial_results()
         self._sources()
         self._destinations()
         for stage in range(self.ahead):
@@ -51,8 +53,12 @@ class _Kernel:
                 self._load(stage * tiling.stage_bytes(self.c))
             self.ptx("cp.async.commit_group;")
         self._multiply()
-        self._write_partial_results()
-        self._add_and_store()
+        if self.c.push:
+            self._push_partial_results()
+            self._add_pushed_and_store()
+        else:
+            self._write_partial_results()
+            self._add_and_store()
         return self.ptx.text()
 
     def _indices(self) -> None:
@@ -62,7 +68,7 @@ class _Kernel:
         self.w, self.wg, self.g, self.t = (ptx.reg(name) for name in ("w", "wg", "g", "t"))
         self.part, self.token, self.rank, self.tile = (ptx.reg(name) for name in ("part", "token", "rank", "tile"))
         self.tmp, self.tmp2 = ptx.regs("tmp", 2)
-        self.wide = ptx.reg("wide", "b64")
+        self.shared, self.wide = ptx.reg("shared"), ptx.reg("wide", "b64")
         self.pred, self.scales_too, self.last_rows = (ptx.reg(name, "pred") for name in ("pred", "scales", "rows"))
         token_tiles, clusters = tiling.token_tiles(p, c), tiling.clusters(p, c)
         ptx(
@@ -83,6 +89,8 @@ class _Kernel:
             f"mad.lo.u32 {self.tile}, {self.part}, {c.warpgroups}, {self.wg};",
             f"mul.lo.u32 {self.tile}, {self.tile}, {c.tiles};",
             f"setp.lt.u32 {self.scales_too}, {self.t}, {c.tiles};",
+            f"add.u32 {self.shared}, $4, {ALIGNMENT - 1};",
+            f"and.b32 {self.shared}, {self.shared}, -{ALIGNMENT};",
         )
 
     def _sources(self) -> None:
@@ -131,14 +139,12 @@ class _Kernel:
     def _destinations(self) -> None:
         """Addresses in slot 0: of this thread's codes (copied and read), its scales (copied; read), its x."""
         ptx, c = self.ptx, self.c
-        self.shared, self.code_at, self.scale_to, self.scale_at, self.x_to = (
-            ptx.reg(name) for name in ("shared", "code_at", "scale_to", "scale_at", "x_to")
+        self.code_at, self.scale_to, self.scale_at, self.x_to = (
+            ptx.reg(name) for name in ("code_at", "scale_to", "scale_at", "x_to")
         )
         share = 32 * c.blocks * SCALE_WORD_BYTES  # scales of a tile in a stage
         after_x, after_codes = tiling.x_bytes(c), tiling.x_bytes(c) + tiling.code_bytes(c)
         ptx(
-            f"add.u32 {self.shared}, $4, {ALIGNMENT - 1};",
-            f"and.b32 {self.shared}, {self.shared}, -{ALIGNMENT};",
             f"mad.lo.u32 {self.code_at}, {self.wg}, {c.tiles * c.blocks * BLOCK_BYTES}, {self.shared};",
             f"mad.lo.u32 {self.code_at}, {self.thread}, 16, {self.code_at};",
             f"add.u32 {self.code_at}, {self.code_at}, {after_x};",
@@ -315,27 +321,19 @@ class _Kernel:
 
     def _add_and_store(self) -> None:
         """Each CTA adds its share of the rows over the cluster, in order, and stores it: 8 outputs a thread."""
-        ptx, p, c = self.ptx, self.p, self.c
-        share = self.rows // c.split
-        groups = share // 8  # of a token
+        ptx, c = self.ptx, self.c
+        groups = tiling.share(c) // 8  # of a token
         items = c.tokens * groups
         token, group, at, item = ptx.regs("item", 4)
         there = ptx.reg("there")
-        out = ptx.reg("out", "b64")
-        total, more, packed = ptx.regs("total", 8, "f32"), ptx.regs("more", 8, "f32"), ptx.regs("packed", 4)
+        total, more = ptx.regs("total", 8, "f32"), ptx.regs("more", 8, "f32")
         for first in range(0, items, self.threads):
             done = ptx.label("stored")
-            ptx(f"add.u32 {item}, {self.tid}, {first};")
-            ptx.divide(token, group, item, groups, items + self.threads)
-            ptx(f"mad.lo.u32 {group}, {self.rank}, {groups}, {group};")
-            if first + self.threads > items:
-                ptx(f"setp.ge.u32 {self.pred}, {item}, {items};", f"@{self.pred} bra {done};")
+            self._item(first, items, groups, item, token, group, done)
             ptx(
+                f"mad.lo.u32 {group}, {self.rank}, {groups}, {group};",
                 f"mad.lo.u32 {at}, {token}, {(self.rows + EXCHANGE_PAD) * 4}, {self.shared};",
                 f"mad.lo.u32 {at}, {group}, 32, {at};",
-                f"add.u32 {token}, {token}, {self.token};",
-                f"setp.ge.u32 {self.pred}, {token}, {p.batch};",
-                f"@{self.pred} bra {done};",
             )
             for rank in range(c.split):
                 into = total if rank == 0 else more
@@ -347,16 +345,117 @@ class _Kernel:
                     ptx(f"ld.{space}.v4.f32 {vector(into[i : i + 4])}, [{source}+{i * 4}];")
                 if rank:
                     ptx(*(f"add.f32 {a}, {a}, {b};" for a, b in zip(total, more, strict=True)))
-            for i in range(4):
-                ptx(f"cvt.rn.bf16x2.f32 {packed[i]}, {total[2 * i + 1]}, {total[2 * i]};")
-            ptx(
-                f"mul.wide.u32 {out}, {token}, {p.outputs * 2};",
-                f"add.u64 {out}, $3, {out};",
-                f"mad.lo.u32 {group}, {self.part}, {self.rows // 8}, {group};",
-                f"mul.wide.u32 {self.wide}, {group}, 16;",
-                f"add.u64 {out}, {out}, {self.wide};",
-                f"st.global.v4.b32 [{out}], {vector(packed)};",
-                f"{done}:",
-            )
+            self._store(token, group, total, done)
         if c.split > 1:  # a CTA's memory must outlive the others' reads of it
             ptx("barrier.cluster.arrive.relaxed;", "barrier.cluster.wait;")
+
+    def _item(self, first: int, items: int, groups: int, item: str, token: str, group: str, done: str) -> None:
+        """This thread's token and group of outputs of the items from `first` on; to `done` if there is none."""
+        ptx = self.ptx
+        ptx(f"add.u32 {item}, {self.tid}, {first};")
+        ptx.divide(token, group, item, groups, items + self.threads)
+        ptx(f"add.u32 {item}, {token}, {self.token};")
+        if first + self.threads > items:
+            ptx(f"setp.ge.u32 {self.pred}, {token}, {self.c.tokens};", f"@{self.pred} bra {done};")
+        ptx(f"setp.ge.u32 {self.pred}, {item}, {self.p.batch};", f"@{self.pred} bra {done};")
+
+    def _store(self, token: str, group: str, total: list[str], done: str) -> None:
+        """Round 2 or 8 totals, of this token of the CTA and group of its rows, and store them."""
+        ptx, p, count = self.ptx, self.p, len(total)
+        out = ptx.reg("out", "b64")
+        ptx(
+            f"add.u32 {token}, {token}, {self.token};",
+            f"mul.wide.u32 {out}, {token}, {p.outputs * p.out_bytes};",
+            f"add.u64 {out}, $3, {out};",
+            f"mad.lo.u32 {group}, {self.part}, {self.rows // count}, {group};",
+            f"mul.wide.u32 {self.wide}, {group}, {count * p.out_bytes};",
+            f"add.u64 {out}, {out}, {self.wide};",
+        )
+        words = total
+        if p.out_bytes == 2:
+            words = ptx.regs("packed", count // 2)
+            for i, word in enumerate(words):
+                ptx(f"cvt.rn.bf16x2.f32 {word}, {total[2 * i + 1]}, {total[2 * i]};")
+        for first in range(0, len(words), 4):
+            some = words[first : first + 4]
+            suffix, value = (f".v{len(some)}", vector(some)) if len(some) > 1 else ("", some[0])
+            ptx(f"st.global{suffix}.b32 [{out}+{first * 4}], {value};")
+        ptx(f"{done}:")
+
+    def _expect_partial_results(self) -> None:
+        """A barrier that opens when all partial results of this CTA's share have come; then tell the cluster of it."""
+        ptx, c = self.ptx, self.c
+        self.exchange, self.barrier = ptx.reg("exchange"), ptx.reg("barrier")
+        skip = ptx.label("not_the_first")
+        ptx(
+            f"add.u32 {self.barrier}, {self.shared}, {c.slots * tiling.stage_bytes(c)};",
+            f"add.u32 {self.exchange}, {self.barrier}, {tiling.BARRIER_BYTES};",
+            f"setp.ne.u32 {self.pred}, {self.tid}, 0;",
+            f"@{self.pred} bra {skip};",
+            f"mbarrier.init.shared::cta.b64 [{self.barrier}], 1;",
+            "fence.mbarrier_init.release.cluster;",
+            f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [{self.barrier}], {self.rows * c.tokens * 4};",
+            f"{skip}:",
+            "barrier.cluster.arrive.relaxed;",  # waited for before the first push
+        )
+
+    def _push_partial_results(self) -> None:
+        """Accumulators to the CTA that adds them, [rank][row of its share][token]: each store counts at its barrier."""
+        ptx, c = self.ptx, self.c
+        pitch = (c.tokens + tiling.PUSH_PAD) * 4
+        groups = tiling.share(c) // 8  # of 8 rows, in a share
+        row, at, target, to, there = ptx.regs("push", 5)
+        ptx(
+            "barrier.cluster.wait.acquire;",
+            f"mad.lo.u32 {at}, {self.rank}, {tiling.share(c) * pitch}, {self.exchange};",
+            f"mad.lo.u32 {at}, {self.g}, {pitch}, {at};",
+            f"mad.lo.u32 {at}, {self.t}, 8, {at};",
+        )
+        for tile in range(c.tiles):
+            for half in range(2):  # accumulators 4n .. 4n + 3: row g at tokens 8n + 2t, 8n + 2t + 1, then row g + 8
+                ptx(
+                    f"mul.lo.u32 {row}, {self.wg}, {c.tiles * 8};",
+                    f"mad.lo.u32 {row}, {self.w}, 2, {row};",
+                    f"add.u32 {row}, {row}, {tile * 8 + half};",
+                )
+                ptx.divide(target, row, row, groups, self.rows // 8)
+                ptx(
+                    f"mad.lo.u32 {to}, {row}, {8 * pitch}, {at};",
+                    f"mapa.shared::cluster.u32 {to}, {to}, {target};",
+                    f"mapa.shared::cluster.u32 {there}, {self.barrier}, {target};",
+                )
+                for n in range(c.tokens // 8):
+                    pair = vector(self.acc[tile][4 * n + 2 * half : 4 * n + 2 * half + 2])
+                    ptx(
+                        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+                        f"[{to}+{n * 32}], {pair}, [{there}];"
+                    )
+
+    def _add_pushed_and_store(self) -> None:
+        """Add what the ranks have pushed, in their order, and store it: 2 outputs a thread."""
+        ptx, c = self.ptx, self.c
+        share, pitch = tiling.share(c), (c.tokens + tiling.PUSH_PAD) * 4
+        items = c.tokens * share // 2
+        token, pair, at, item = ptx.regs("item", 4)
+        total, more = ptx.regs("total", 2, "f32"), ptx.regs("more", 2, "f32")
+        again = ptx.label("await")
+        ptx(
+            f"{again}:",
+            f"mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 {self.pred}, [{self.barrier}], 0;",
+            f"@!{self.pred} bra {again};",
+        )
+        for first in range(0, items, self.threads):
+            done = ptx.label("stored")
+            self._item(first, items, share // 2, item, token, pair, done)
+            ptx(
+                f"mad.lo.u32 {at}, {pair}, {2 * pitch}, {self.exchange};",
+                f"mad.lo.u32 {at}, {token}, 4, {at};",
+                f"mad.lo.u32 {pair}, {self.rank}, {share // 2}, {pair};",
+            )
+            for rank in range(c.split):
+                into = total if rank == 0 else more
+                for i in range(2):
+                    ptx(f"ld.shared.f32 {into[i]}, [{at}+{rank * share * pitch + i * pitch}];")
+                if rank:
+                    ptx(*(f"add.f32 {a}, {a}, {b};" for a, b in zip(total, more, strict=True)))
+            self._store(token, pair, total, done)
