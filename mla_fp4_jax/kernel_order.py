@@ -13,7 +13,6 @@ from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.weights import MLAWeights
 from pallas_kernels import fp4_linear_mosaic_gpu
 
-
 LINEARS = ("kv_a_proj_with_mqa", "q_proj", "q_a_proj", "q_b_proj", "o_proj")
 
 

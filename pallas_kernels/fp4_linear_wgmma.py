@@ -383,7 +383,7 @@ class _Kernel:
         ptx(f"{done}:")
 
     def _expect_partial_results(self) -> None:
-        """A barrier that opens when all partial results of this CTA's share have come; then tell the cluster of it."""
+        """A barrier that opens when all partial results of this CTA's share are there; tell the cluster of it."""
         ptx, c = self.ptx, self.c
         self.exchange, self.barrier = ptx.reg("exchange"), ptx.reg("barrier")
         skip = ptx.label("not_the_first")
@@ -400,7 +400,7 @@ class _Kernel:
         )
 
     def _push_partial_results(self) -> None:
-        """Accumulators to the CTA that adds them, [rank][row of its share][token]: each store counts at its barrier."""
+        """Accumulators to the CTA that adds them, [rank][row of its share][token]; its barrier counts their bytes."""
         ptx, c = self.ptx, self.c
         pitch = (c.tokens + tiling.PUSH_PAD) * 4
         groups = tiling.share(c) // 8  # of 8 rows, in a share

@@ -33,9 +33,7 @@ class Case:
 
 def run(implementation: str | None, case: Case, x, w: FP4Array):
     """The product."""
-    return fp4_linear(
-        x, w, preferred_element_type=case.out, implementation=implementation, config=case.config
-    )
+    return fp4_linear(x, w, preferred_element_type=case.out, implementation=implementation, config=case.config)
 
 
 def random_parts(rng, case: Case) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,10 @@ for_hopper = pytest.mark.skipif(NO_MOSAIC is not None, reason=str(NO_MOSAIC))
 shape = jax.ShapeDtypeStruct
 
 
-def abstract(N: int, K: int, order=FragmentOrder(0)) -> FP4Array:
+LINEAR = FragmentOrder(0)
+
+
+def abstract(N: int, K: int, order: FragmentOrder | None = LINEAR) -> FP4Array:
     return FP4Array(shape((N, K), jnp.float4_e2m1fn), shape((N, K // 32), jnp.uint8), order=order)
 
 

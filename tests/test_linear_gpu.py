@@ -1,6 +1,6 @@
 """fp4_linear's kernels on a real GPU: the oracle, poisoned neighbours, repeats, batches, and the dense matrix.
 
-    python3 -m pytest -m gpu tests/test_linear_gpu.py
+python3 -m pytest -m gpu tests/test_linear_gpu.py
 """
 
 from __future__ import annotations
@@ -93,7 +93,14 @@ def test_the_gradient_equals_the_oracle(out, rng):
 
 @pytest.mark.parametrize(
     ("shape", "key_rows"),
-    [((64, 64), 0), ((576, 7168), 0), ((3, 128, 64), 64), ((5, 256, 512), 128), ((2, 448, 512), 192), ((2, 64, 192), 0)]
+    [
+        ((64, 64), 0),
+        ((576, 7168), 0),
+        ((3, 128, 64), 64),
+        ((5, 256, 512), 128),
+        ((2, 448, 512), 192),
+        ((2, 64, 192), 0),
+    ]
     + [((1, 192, 192), 192)],
     ids=str,
 )
