@@ -77,7 +77,7 @@ class Setting:
         self.x = jax.random.normal(jax.random.key(2), (TOKENS[-1], inputs), jnp.bfloat16)
         wide = self.exact_pack.dequantize(jnp.float32)  # by XLA, not by the kernel that is timed
         exact = functools.partial(jnp.einsum, "mk,nk->mn", precision="highest")
-        options = {"xla_gpu_autotune_level": 0}
+        options: dict[str, bool | float | int | str] = {"xla_gpu_autotune_level": 0}
         x = self.exact_x.astype(jnp.float32)
         self.want = jax.jit(exact).lower(x, wide).compile(compiler_options=options)(x, wide).astype(jnp.bfloat16)
 
@@ -96,7 +96,7 @@ class Setting:
     def ceiling(self) -> dict[str, float]:
         """Time to read as many bytes as a pack has, microseconds, and TB/s."""
         unit = 128 * 16 * TOUCH_LOADS
-        flat = [jnp.resize(w.packed, self.packed_bytes // unit * unit) for w in self.packs]
+        flat = [jnp.resize(w.packed, (self.packed_bytes // unit * unit,)) for w in self.packs]
         median, _ = kernel_us(jax.jit(functools.partial(touch, loads=TOUCH_LOADS)), [(a,) for a in flat * 2])
         return {
             "touch_us": round(median, 3),

@@ -222,7 +222,7 @@ class _Dequantize:
             f"mad.lo.u32 {at}, {self.tmp2}, 16, {self.shared};",
             f"mad.lo.u32 {at}, {row}, {SLAB_BYTES}, {at};",
         )
-        # Key rows: row 64 block + row of the result, columns 64 tile ...; others: 64 tile + row after them, 64 block ....
+        # Key rows: the result's row 64 block + row, columns 64 tile ...; others: 64 tile + row after them, ....
         by_row, by_column = (block, tile) if keys else (tile, block)
         ptx(
             f"mad.lo.u32 {row}, {by_row}, {BLOCK}, {row};",

@@ -44,14 +44,14 @@ class _Kernel:
 
     def emit(self) -> str:
         self._indices()
-        if self.c.push:
-            self._expect_partial_results()
         self._sources()
         self._destinations()
         for stage in range(self.ahead):
             if stage < self.stages:
                 self._load(stage * tiling.stage_bytes(self.c))
             self.ptx("cp.async.commit_group;")
+        if self.c.push:
+            self._expect_partial_results()
         self._multiply()
         if self.c.push:
             self._push_partial_results()

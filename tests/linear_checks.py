@@ -12,6 +12,7 @@ import oracle
 from kernel_checks import assert_untouched, between_guards, bits
 
 from mla_fp4_jax import FP4Array, fp4_linear
+from pallas_kernels.fp4_linear_tiles import Config
 
 LARGEST_SCALE = 128  # that fragment order holds
 
@@ -24,7 +25,7 @@ class Case:
     N: int
     K: int
     out: str = "bfloat16"
-    config: object = None
+    config: Config | None = None
 
     def __str__(self) -> str:
         tiles = "" if self.config is None else "-" + "-".join(str(int(v)) for v in vars(self.config).values())
@@ -96,7 +97,8 @@ def check_confined(implementation: str, case: Case, rng) -> None:
     ]
     operands = [value for value, _ in placed]
     compiled = jax.jit(product, donate_argnums=0, keep_unused=True).lower(*operands, w).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes == 0, "the product is not written in place"
+    analysis = compiled.memory_analysis()
+    assert analysis is not None and analysis.temp_size_in_bytes == 0, "the product is not written in place"
     address = operands[0].unsafe_buffer_pointer()
     y = compiled(*operands, w)
     assert y.unsafe_buffer_pointer() == address
