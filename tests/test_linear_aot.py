@@ -73,4 +73,4 @@ def test_many_tokens_write_the_dense_matrix_once():
     x, w = shape((MOST_TOKENS + 1, 1024), jnp.bfloat16), abstract((2048, 1024), FragmentOrder(0))
     program = sm90.compile_for_h100(call, x, w)
     dense = 2 * 2048 * 1024
-    assert dense <= program.temp_bytes < 8 * dense and program.moves_of("u8", "f4e2m1fn") == []
+    assert program.temp_bytes == dense and program.moves_of("u8", "f4e2m1fn") == []
