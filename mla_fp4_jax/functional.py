@@ -26,6 +26,7 @@ from mla_fp4_jax import rope
 from mla_fp4_jax.cache import Cache
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
+from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
 from mla_fp4_jax.ops.mla_prefill import mla_prefill_attention
 from mla_fp4_jax.projections import expand_kv_b, k_up_proj, linear, v_up_proj
@@ -82,7 +83,7 @@ def mla_prefill(
     kv_b_proj = weights.kv_b_proj
     if isinstance(kv_b_proj, FP4Array) and kv_b_proj.format == "mxfp4" and implementation in (None, "mosaic_gpu"):
         # Decoded once for all blocks of latents: exact, and gone when prefill is. A library's matmul does the rest.
-        kv_b_proj = kv_b_proj.dequantize(dtype)
+        kv_b_proj = fp4_dense(kv_b_proj, dtype)
     with jax.named_scope("mla/attention"):
         attended, _ = mla_prefill_attention(
             jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1),

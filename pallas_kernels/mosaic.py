@@ -101,6 +101,7 @@ def mosaic_kernel(
     grid: int,
     warpgroups: int,
     shared_memory_bytes: int,
+    cluster: int = 1,
 ):
     """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
 
@@ -108,9 +109,10 @@ def mosaic_kernel(
         program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
             shared memory (32-bit). It must mask by itself, and every thread must reach its end.
         out_shape: of the result.
-        grid: CTAs.
+        grid: clusters; CTAs where they are alone.
         warpgroups: of a CTA.
         shared_memory_bytes: dynamic.
+        cluster: CTAs of a cluster, neighbours in %ctaid.x.
 
     Returns:
         A function of the operands.
@@ -130,6 +132,7 @@ def mosaic_kernel(
         inline(*refs)
 
     threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
+    clusters = {"cluster": (cluster,), "cluster_names": ("rank",)} if cluster > 1 else {}
     return plgpu.kernel(
         body,
         out_type=out_shape,
@@ -138,4 +141,5 @@ def mosaic_kernel(
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         **threads,
+        **clusters,
     )

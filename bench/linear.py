@@ -1,0 +1,219 @@
+"""FP4 linears at DeepSeek-V3's shapes, and kv_b_proj in prefill: against XLA's bf16 matmul, cold weights.
+
+    python -m bench.linear --out bench/results/FILE.json --seconds 300
+
+Nothing is timed before it has passed its gate: products of integers equal, bit for bit, to an exact reference.
+"kernel" is CUPTI's time, "call" the wall time per linear of a layer's three in a row within one jitted, donated loop
+(bench/timing.py), the slices between them included. "touch" only reads as many bytes as the packed weight has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from bench import environment
+from bench.ceilings import touch
+from bench.timing import kernel_us, loop_us
+from mla_fp4_jax import FP4Array, fp4_linear
+from mla_fp4_jax.ops.dense import fp4_dense
+from pallas_kernels.fragments import FragmentOrder
+
+# Name -> outputs N, inputs K, and the middle of its scales' bytes: results are then about as large as x.
+SHAPES = {"q_a + kv_a": (2112, 7168, 120), "q_b": (24576, 1536, 121), "o": (7168, 16384, 119)}
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
+PREFILL = (1024, 2048, 4096, 8192, 16384)
+H, P, V, L = 128, 128, 128, 512
+COLD_BYTES = 230e6  # of weights to rotate through: more than four times the L2 cache
+TOUCH_LOADS = 17
+LAYERS = 4  # of a call's loop: 362 MB
+
+
+def random_pack(seed: int, shape: tuple[int, ...], scale: int, key_rows: int = 0) -> FP4Array:
+    """Random bytes, in fragment order as they are: any bytes are a matrix in that order. Scales within 4 binades."""
+    packed = jax.random.bits(jax.random.key(2 * seed), (*shape[:-1], shape[-1] // 2), jnp.uint8)
+    scales = jax.random.bits(jax.random.key(2 * seed + 1), (*shape[:-1], shape[-1] // 32), jnp.uint8) % 4
+    codes = jax.lax.bitcast_convert_type(packed, jnp.float4_e2m1fn).reshape(shape)
+    return FP4Array(codes, scales + jnp.uint8(scale - 2), order=FragmentOrder(key_rows))
+
+
+def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w.T by XLA's choice of library or kernel."""
+    return jnp.einsum("mk,nk->mn", x, w)
+
+
+def dequantise_product(x: jax.Array, w: FP4Array) -> jax.Array:
+    """w decoded to memory by one kernel, then as above: what fp4_linear does with many tokens."""
+    return dense_product(x, fp4_dense(w, jnp.bfloat16))
+
+
+PRODUCTS: dict[str, Callable] = {
+    "mosaic_gpu": functools.partial(fp4_linear, implementation="mosaic_gpu"),
+    "xla bf16": dense_product,
+    "dequantise": dequantise_product,
+}
+
+
+class Setting:
+    """One shape's weights: packs, dense ones, and the gate's x and exact answer."""
+
+    def __init__(self, name: str):
+        outputs, inputs, scale = SHAPES[name]
+        self.packed_bytes = outputs * inputs // 2 + outputs * inputs // 32
+        self.packs = [random_pack(i, (outputs, inputs), scale) for i in range(_copies(self.packed_bytes))]
+        self.dense = [
+            jax.jit(fp4_dense, static_argnums=1)(w, jnp.bfloat16) for w in self.packs[: _copies(2 * outputs * inputs)]
+        ]
+        self.exact_pack = random_pack(99, (outputs, inputs), 127)
+        self.exact_x = jax.random.randint(jax.random.key(1), (TOKENS[-1], inputs), -2, 3).astype(jnp.bfloat16)
+        self.x = jax.random.normal(jax.random.key(2), (TOKENS[-1], inputs), jnp.bfloat16)
+        wide = self.exact_pack.dequantize(jnp.float32)  # by XLA, not by the kernel that is timed
+        exact = functools.partial(jnp.einsum, "mk,nk->mn", precision="highest")
+        options: Any = {"xla_gpu_autotune_level": 0}
+        x = self.exact_x.astype(jnp.float32)
+        self.want = jax.jit(exact).lower(x, wide).compile(compiler_options=options)(x, wide).astype(jnp.bfloat16)
+
+    def measure(self, name: str, tokens: int) -> dict[str, object]:
+        """Gate, then kernel time."""
+        call = jax.jit(PRODUCTS[name])
+        weight = fp4_dense(self.exact_pack, jnp.bfloat16) if name == "xla bf16" else self.exact_pack
+        wrong = int(jnp.sum(call(self.exact_x[:tokens], weight) != self.want[:tokens]))
+        if wrong:
+            raise RuntimeError(f"{name}, {tokens} tokens: {wrong} results are wrong; not timed.")
+        weights = self.dense if name == "xla bf16" else self.packs
+        x = self.x[:tokens]
+        median, spread = kernel_us(call, [(x, w) for w in weights * max(1, -(-8 // len(weights)))])
+        return {"kernel_us": round(median, 3), "kernel_iqr_us": round(spread, 3)}
+
+    def ceiling(self) -> dict[str, float]:
+        """Time to read as many bytes as a pack has, microseconds, and TB/s."""
+        unit = 128 * 16 * TOUCH_LOADS
+        flat = [jnp.resize(w.packed, (self.packed_bytes // unit * unit,)) for w in self.packs]
+        median, _ = kernel_us(jax.jit(functools.partial(touch, loads=TOUCH_LOADS)), [(a,) for a in flat * 2])
+        return {
+            "touch_us": round(median, 3),
+            "bytes": flat[0].size,
+            "tb_per_s": round(flat[0].size / median / 1e6, 3),
+        }
+
+
+def _copies(size: int) -> int:
+    return max(2, -(-int(COLD_BYTES) // size))
+
+
+def measure_loop(name: str, tokens: int) -> dict[str, object]:
+    """A layer's three linears in a row, four layers, state [M, 7168] donated and fed back."""
+    shapes = list(SHAPES.values())
+    packs = [
+        [random_pack(10 * layer + i, (n, k), scale) for i, (n, k, scale) in enumerate(shapes)]
+        for layer in range(LAYERS)
+    ]
+    weights = packs
+    if name == "xla bf16":
+        weights = [[jax.jit(fp4_dense, static_argnums=1)(w, jnp.bfloat16) for w in layer] for layer in packs]
+    call = jax.jit(PRODUCTS[name])
+
+    def step(x, weights):
+        for q_a, q_b, o in weights:
+            x = call(call(call(x, q_a)[:, : shapes[1][1]], q_b)[:, : shapes[2][1]], o)
+        wide = x.astype(jnp.float32)  # kept at size 1, lest the loop run into zeros or infinities
+        return (wide * jax.lax.rsqrt(jnp.mean(wide * wide) + 1e-30)).astype(x.dtype)
+
+    state = jax.random.normal(jax.random.key(3), (tokens, shapes[0][1]), jnp.bfloat16)
+    return {"name": name, "tokens": tokens, "call_us": round(loop_us(step, state, weights, 3 * LAYERS), 3)}
+
+
+def measure_prefill(name: str, tokens: int) -> dict[str, object]:
+    """kv_b_proj as one linear [H (P+V), L]; FP4: from the pack that decode uses, decoded for the call."""
+    packs = [random_pack(i, (H, P + V, L), 121, key_rows=P) for i in range(4)]
+
+    def product(x, w):
+        dense = fp4_dense(w, jnp.bfloat16) if isinstance(w, FP4Array) else w
+        return dense_product(x, dense.reshape(-1, L))
+
+    weights = packs
+    if name == "xla bf16":
+        weights = [jax.jit(fp4_dense, static_argnums=1)(w, jnp.bfloat16) for w in packs]
+    x = jax.random.normal(jax.random.key(4), (tokens, L), jnp.bfloat16)
+    median, spread = kernel_us(jax.jit(product), [(x, w) for w in weights])
+    return {"name": name, "tokens": tokens, "kernel_us": round(median, 3), "kernel_iqr_us": round(spread, 3)}
+
+
+def main() -> None:
+    """Run the table, print it, write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--commit", help="of the code, where git cannot tell")
+    parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
+    args = parser.parse_args()
+    start = time.monotonic()
+    ceilings: dict[str, dict[str, float]] = {}
+    rows: list[dict[str, object]] = []
+    calls: list[dict[str, object]] = []
+    prefill: list[dict[str, object]] = []
+    skipped: list[list[object]] = []
+    contenders = ("mosaic_gpu", "xla bf16")
+    plan: list[tuple] = []
+    for shape in SHAPES:
+        plan += [("touch", shape, 0)]
+        plan += [(name, shape, tokens) for tokens in TOKENS for name in contenders]
+        plan += [("dequantise", shape, TOKENS[-1])]
+    plan += [(name, "prefill", tokens) for tokens in PREFILL for name in ("mosaic_gpu", "xla bf16")]
+    plan += [(name, "loop", tokens) for tokens in (1, 16, 64, 256) for name in contenders]
+    setting: tuple[str, Setting] | None = None
+    for name, shape, tokens in tqdm(plan, desc="linear"):
+        if time.monotonic() - start > args.seconds:
+            skipped.append([name, shape, tokens])
+        elif shape == "prefill":
+            prefill.append(measure_prefill(name, tokens))
+        elif shape == "loop":
+            calls.append(measure_loop(name, tokens))
+        else:
+            if setting is None or setting[0] != shape:
+                setting = None  # frees the last one's memory first
+                setting = (shape, Setting(shape))
+            if name == "touch":
+                ceilings[shape] = setting[1].ceiling()
+            else:
+                row = {"name": name, "shape": shape, "tokens": tokens, "packed_bytes": setting[1].packed_bytes}
+                rows.append({**row, **setting[1].measure(name, tokens)})
+        measured = {"ceilings": ceilings, "kernel": rows, "prefill": prefill, "call": calls, "not_run": skipped}
+        args.out.write_text(json.dumps({**environment.describe(args.commit), **measured}, indent=1) + "\n")
+    print_table(ceilings, rows, prefill, calls)
+
+
+def print_table(ceilings: dict, rows: list[dict], prefill: list[dict], calls: list[dict]) -> None:
+    """By shape and tokens: kernel times, their ratio, and how near to the touch ceiling FP4 comes."""
+    for shape in SHAPES:
+        if shape not in ceilings:
+            continue
+        ceiling = ceilings[shape]
+        print(
+            f"{shape} {SHAPES[shape][:2]}: touching {ceiling['bytes'] / 1e6:.1f} MB once {ceiling['touch_us']:.2f} us"
+        )
+        for tokens in TOKENS:
+            times = {
+                row["name"]: row["kernel_us"] for row in rows if (row["shape"], row["tokens"]) == (shape, tokens)
+            }
+            if {"mosaic_gpu", "xla bf16"} <= times.keys():
+                ours, dense = times["mosaic_gpu"], times["xla bf16"]
+                text = f"  M = {tokens:<4} FP4 {ours:8.2f} us  bf16 {dense:8.2f} us  {dense / ours:5.2f}x"
+                other = f"  dequantise {times['dequantise']:.2f} us" if "dequantise" in times else ""
+                print(f"{text}  {100 * ceiling['touch_us'] / ours:5.1f} % of touching{other}")
+    for title, table, key in (("prefill kv_b_proj", prefill, "kernel_us"), ("call", calls, "call_us")):
+        for tokens in dict.fromkeys(row["tokens"] for row in table):
+            times = {row["name"]: row[key] for row in table if row["tokens"] == tokens}
+            print(f"{title}, {tokens} tokens: " + ", ".join(f"{name} {us:.2f} us" for name, us in times.items()))
+
+
+if __name__ == "__main__":
+    main()

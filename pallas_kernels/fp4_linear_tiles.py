@@ -1,0 +1,134 @@
+"""How the Hopper FP4 linear kernel is tiled: its static problem, a config, and what both together need."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SHARED_MEMORY_BYTES, SLAB_BYTES
+from pallas_kernels.fragments import BLOCK
+
+BLOCK_BYTES = BLOCK * BLOCK // 2  # codes of a 64 x 64 block
+BLOCK_SCALE_BYTES = BLOCK * BLOCK // 32
+SCALE_WORD_BYTES = 4  # a thread's scales of a block: rows g and g + 8, two groups each
+# float32 after each token's, or each output's partial results, lest a warp's accesses meet in a few banks.
+EXCHANGE_PAD = 4
+PUSH_PAD = 2
+BARRIER_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is tiled; only `split` changes bits of the result.
+
+    Attributes:
+        split: CTAs of a cluster that share the contraction, 1, 2, 4 or 8.
+        tokens: of a CTA, a multiple of 8: the N side of a wgmma.
+        warpgroups: of a CTA.
+        tiles: 64-output tiles that a warpgroup computes, 1 or 2.
+        blocks: 64-k blocks of a stage, 1, 2 or 4.
+        slots: stages in shared memory at once; slots - 2 are being loaded while one is used.
+        push: partial results go straight from registers to the CTA that adds them, which is quicker but needs room
+            beside the ring; else they meet in the ring's place. For split > 1.
+    """
+
+    split: int
+    tokens: int
+    warpgroups: int
+    tiles: int = 1
+    blocks: int = 4
+    slots: int = 4
+    push: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static side of out[m, n] = sum_k x[m, k] A[n, k].
+
+    Attributes:
+        batch: M, tokens.
+        outputs: N.
+        contraction: K.
+        out_bytes: of an element of out, 2 (bfloat16) or 4 (float32).
+    """
+
+    batch: int
+    outputs: int
+    contraction: int
+    out_bytes: int = 2
+
+
+def rows(config: Config) -> int:
+    """Outputs of a CTA."""
+    return BLOCK * config.warpgroups * config.tiles
+
+
+def token_tiles(problem: Problem, config: Config) -> int:
+    """CTAs along the tokens."""
+    return -(-problem.batch // config.tokens)
+
+
+def clusters(problem: Problem, config: Config) -> int:
+    """Clusters in the grid: token tiles vary fastest, so that those that share weights run together."""
+    return problem.outputs // rows(config) * token_tiles(problem, config)
+
+
+def stages(problem: Problem, config: Config) -> int:
+    """Stages of a CTA."""
+    return problem.contraction // (BLOCK * config.split * config.blocks)
+
+
+def x_bytes(config: Config) -> int:
+    """Of x in a stage; first in it, so that slabs stay aligned."""
+    return config.blocks * config.tokens * SLAB_BYTES
+
+
+def code_bytes(config: Config) -> int:
+    """Of codes in a stage, after x."""
+    return config.warpgroups * config.tiles * config.blocks * BLOCK_BYTES
+
+
+def stage_bytes(config: Config) -> int:
+    """Of a slot, scales last."""
+    scales = config.warpgroups * config.tiles * config.blocks * BLOCK_SCALE_BYTES
+    return -(-(x_bytes(config) + code_bytes(config) + scales) // ALIGNMENT) * ALIGNMENT
+
+
+def share(config: Config) -> int:
+    """Outputs that a CTA of the cluster adds up and stores."""
+    return rows(config) // config.split
+
+
+def exchange_bytes(config: Config) -> int:
+    """Of partial results, float32: [rank][share][tokens] if pushed, else [tokens][rows], each with padding."""
+    if config.push:
+        return rows(config) * (config.tokens + PUSH_PAD) * 4 + BARRIER_BYTES
+    return config.tokens * (rows(config) + EXCHANGE_PAD) * 4
+
+
+def shared_memory_bytes(config: Config) -> int:
+    """The ring, the partial results after it or in its place, and what aligning may cost."""
+    ring, exchange = config.slots * stage_bytes(config), exchange_bytes(config)
+    return ALIGNMENT + (ring + exchange if config.push else max(ring, exchange))
+
+
+def check_config(problem: Problem, config: Config) -> None:
+    """Raise ValueError unless the config fits the problem."""
+    c = config
+    rules = {
+        "split must be 1, 2, 4 or 8": c.split in (1, 2, 4, 8),
+        "tokens must be a multiple of 8 in 8 .. 256 / tiles": c.tokens % 8 == 0 and 8 <= c.tokens <= 256 // c.tiles,
+        "warpgroups must be 1 .. 4": c.warpgroups in (1, 2, 3, 4),
+        "tiles must be 1 or 2": c.tiles in (1, 2),
+        "blocks must be 1, 2 or 4 and with tiles an even number": c.blocks in (1, 2, 4)
+        and c.blocks * c.tiles % 2 == 0,
+        "a CTA's outputs must divide N": problem.outputs % rows(c) == 0,
+        "split * blocks must divide the 64-k blocks": problem.contraction % (BLOCK * c.split * c.blocks) == 0,
+        "slots must be 3 or more": c.slots >= 3,
+        "push must come with a split": not c.push or c.split > 1,
+        "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(
+                f"fp4_linear_mosaic_gpu: {rule}; got {config} for {problem}. Leave config out for a default."
+            )
