@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 from jax.core import Tracer
 
 from mla_fp4_jax.config import MLAConfig
-from mla_fp4_jax.fp4_array import FP4Array
+from mla_fp4_jax.fp4_array import FP4Array, to_fragment_order
 from mla_fp4_jax.ops import implementations
+from mla_fp4_jax.sharding import MLASharding
 from mla_fp4_jax.weights import MLAWeights
+from pallas_kernels.fragments import FragmentOrder
 
 
-def order_for_device(weights: MLAWeights, config: MLAConfig, implementation: str | None = None) -> MLAWeights:
+def order_for_device(
+    weights: MLAWeights,
+    config: MLAConfig,
+    implementation: str | None = None,
+    sharding: MLASharding | None = None,
+) -> MLAWeights:
     """Weights with kv_b_proj in fragment order, if the Mosaic GPU kernels can run here and can hold it.
 
     The same bytes in another order, still one copy: `weights.kv_b_proj.to_packed()` gives the checkpoint's back.
@@ -22,6 +31,7 @@ def order_for_device(weights: MLAWeights, config: MLAConfig, implementation: str
         weights: concrete arrays; within a trace, where scales cannot be looked at, they stay as they are.
         config: gives P, where a head's key rows end.
         implementation: the one the layer will use; only None and "mosaic_gpu" want this order.
+        sharding: where the weights are. The order is one within each head, so a device puts its own heads in it.
     """
     if implementation not in (None, implementations.MOSAIC) or implementations.why_not(implementations.MOSAIC):
         return weights
@@ -30,4 +40,12 @@ def order_for_device(weights: MLAWeights, config: MLAConfig, implementation: str
         return weights
     if kv_b.fragment_order_why_not(config.qk_nope_head_dim) is not None:
         return weights
-    return dataclasses.replace(weights, kv_b_proj=kv_b.in_fragment_order(config.qk_nope_head_dim))
+    return dataclasses.replace(weights, kv_b_proj=_ordered(kv_b, config.qk_nope_head_dim, sharding))
+
+
+def _ordered(kv_b: FP4Array, key_rows: int, sharding: MLASharding | None) -> FP4Array:
+    if sharding is None:
+        return kv_b.in_fragment_order(key_rows)
+    spec = sharding.weight_spec("kv_b_proj")
+    local = functools.partial(to_fragment_order, order=FragmentOrder(key_rows))
+    return jax.jit(jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False))(kv_b)
