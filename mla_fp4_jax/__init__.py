@@ -19,6 +19,7 @@ from mla_fp4_jax.ops import fp4_bmm as fp4_bmm
 from mla_fp4_jax.ops import fp4_linear as fp4_linear
 from mla_fp4_jax.quantize import quantize_mxfp4 as quantize_mxfp4
 from mla_fp4_jax.quantize import quantize_nvfp4 as quantize_nvfp4
+from mla_fp4_jax.sharding import MLASharding as MLASharding
 from mla_fp4_jax.weights import MLAWeights as MLAWeights
 
 __version__ = "0.1.0"

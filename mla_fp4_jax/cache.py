@@ -4,8 +4,9 @@ Entry layout, `cache_dim = L + R` elements: columns 0 .. L-1 hold the latent aft
 L .. L+R-1 the one shared rope key after rotation, as halves [a' | b']. Both are read together by a decode
 kernel, so they lie together. A token's *slot* is its index in its sequence, whatever its rotary position.
 
-Both caches offer the same three operations, which is all that attention uses: `capacity`, `append`, `block`.
-Slots past `length` may hold anything, NaN included: they are never seen.
+Both caches offer the same operations, which is all that attention uses: `capacity`, `append`, `write`, `block`.
+Slots past `length` may hold anything, NaN included: they are never seen. Split along context over C devices, slot s
+is number s // C of device s % C, so the entries of one sequence are no longer in the order of its tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_fp4_jax.config import MLAConfig
+from mla_fp4_jax.sharding import MLASharding
 
 PAGE_SIZES = (1, 16, 64, 128)
 
@@ -59,10 +63,14 @@ class LatentCache:
 
     def append(self, entries: Float[Array, "B T LR"], active: Bool[Array, "B T"]) -> LatentCache:
         """Write each sequence's active tokens after those it holds; tokens past the capacity are dropped."""
-        slots = token_slots(self.length, active, self.capacity)
+        written = self.write(entries, token_slots(self.length, active, self.capacity))
+        return dataclasses.replace(written, length=new_length(self.length, active, self.capacity))
+
+    def write(self, entries: Float[Array, "B T LR"], slots: Int[Array, "B T"]) -> LatentCache:
+        """Write tokens to slots of their sequence; a slot at the capacity drops one. The length stays."""
         rows = jnp.arange(entries.shape[0])[:, None]
         written = self.entries.at[rows, slots].set(entries.astype(self.dtype), mode="drop")
-        return dataclasses.replace(self, entries=written, length=new_length(self, active))
+        return dataclasses.replace(self, entries=written)
 
     def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K LR"], Int[Array, "B K"]]:
         """The index-th block of `size` slots: its entries, and each one's slot (-1 where there is none).
@@ -116,13 +124,17 @@ class PagedLatentCache:
         Tokens past the capacity, and tokens whose page does not exist, are dropped. Two sequences that share
         a page must not both write to it: make the shared part whole pages.
         """
-        slots = token_slots(self.length, active, self.capacity)
+        written = self.write(entries, token_slots(self.length, active, self.capacity))
+        return dataclasses.replace(written, length=new_length(self.length, active, self.capacity))
+
+    def write(self, entries: Float[Array, "B T LR"], slots: Int[Array, "B T"]) -> PagedLatentCache:
+        """Write tokens to slots of their sequence; one at the capacity, or without a page, drops its token."""
         page_index = jnp.minimum(slots // self.page_size, self.page_table.shape[1] - 1)
         page = jnp.take_along_axis(self.page_table, page_index, axis=1)
         number = self.pages.shape[0]
         page = jnp.where((slots < self.capacity) & (page >= 0) & (page < number), page, number)
         written = self.pages.at[page, slots % self.page_size].set(entries.astype(self.dtype), mode="drop")
-        return dataclasses.replace(self, pages=written, length=new_length(self, active))
+        return dataclasses.replace(self, pages=written)
 
     def block(self, index: Int[Array, ""], size: int) -> tuple[Float[Array, "B K LR"], Int[Array, "B K"]]:
         """The index-th block of `size` slots, as LatentCache.block; `size` must be whole pages."""
@@ -149,43 +161,68 @@ def init_cache(
     dtype: DTypeLike = jnp.bfloat16,
     page_size: int | None = None,
     num_pages: int | None = None,
+    sharding: MLASharding | None = None,
 ) -> Cache:
     """An empty cache.
 
     Args:
         config: gives L and R.
         batch_size: B >= 1.
-        max_length: the least capacity per sequence, >= 1; a paged cache rounds it up to whole pages.
+        max_length: the least capacity per sequence, >= 1; a paged cache rounds it up to whole pages, one that is
+            split along context to as many slots on every device.
         dtype: of the entries.
         page_size: None for a contiguous cache, else one of PAGE_SIZES.
         num_pages: N of a paged cache. None makes just enough and gives each sequence its own pages; a number
             leaves the page table empty (-1), to be filled by whoever owns the pages
             (`dataclasses.replace(cache, page_table=...)`).
+        sharding: None for the default device. Split along batch or context, a device has its own N / devices pages,
+            and its part of the page table counts them from 0.
 
     Raises:
-        ValueError: a size out of its range.
+        ValueError: a size out of its range, or one that does not divide over the devices.
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
             raise ValueError(f"init_cache: {name} must be at least 1; got {value}. An empty cache holds nothing.")
-    length = jnp.zeros((batch_size,), jnp.int32)
+    along_batch, along_context = (1, 1) if sharding is None else (sharding.size("batch"), sharding.size("context"))
+    if sharding is not None:
+        sharding.check_batch(batch_size)
+    length = jnp.zeros((batch_size,), jnp.int32, device=_on(sharding, "tokens_spec"))
+    slots = -(-max_length // along_context)  # on each device
     if page_size is None:
         if num_pages is not None:
             raise ValueError(f"init_cache: num_pages must come with page_size; got {num_pages} alone. Give both.")
-        entries = jnp.zeros((batch_size, max_length, config.cache_dim), dtype)
+        shape = (batch_size, slots * along_context, config.cache_dim)
+        entries = jnp.zeros(shape, dtype, device=_on(sharding, "entries_spec"))
         return LatentCache(entries, length, config.kv_lora_rank)
     if page_size not in PAGE_SIZES:
         raise ValueError(f"init_cache: page_size must be one of {PAGE_SIZES}; got {page_size}. Choose one of them.")
-    table_width = -(-max_length // page_size)
+    devices, sequences, width = along_batch * along_context, batch_size // along_batch, -(-slots // page_size)
     if num_pages is None:
-        num_pages = batch_size * table_width
-        table = jnp.arange(num_pages, dtype=jnp.int32).reshape(batch_size, table_width)
-    elif num_pages >= 1:
-        table = jnp.full((batch_size, table_width), -1, jnp.int32)
+        num_pages = devices * sequences * width
+        own = np.arange(sequences * width, dtype=np.int32).reshape(sequences, width)
+        table = np.tile(own, (along_batch, along_context))
+    elif num_pages >= 1 and num_pages % devices == 0:
+        table = np.full((batch_size, along_context * width), -1, np.int32)
     else:
-        raise ValueError(f"init_cache: num_pages must be at least 1; got {num_pages}. Leave it out for enough.")
-    pages = jnp.zeros((num_pages, page_size, config.cache_dim), dtype)
-    return PagedLatentCache(pages, table, length, config.kv_lora_rank)
+        rule = "at least 1" if devices == 1 else f"a positive multiple of {devices} devices"
+        raise ValueError(f"init_cache: num_pages must be {rule}; got {num_pages}. Leave it out for enough.")
+    pages = jnp.zeros((num_pages, page_size, config.cache_dim), dtype, device=_on(sharding, "pages_spec"))
+    where = _on(sharding, "entries_spec")
+    page_table = jnp.asarray(table) if where is None else jax.jit(lambda: jnp.asarray(table), out_shardings=where)()
+    return PagedLatentCache(pages, page_table, length, config.kv_lora_rank)
+
+
+def cache_specs(cache: Cache, sharding: MLASharding) -> Cache:
+    """The cache with each array's PartitionSpec in its place."""
+    if isinstance(cache, PagedLatentCache):
+        specs = sharding.pages_spec, sharding.entries_spec, sharding.tokens_spec
+        return PagedLatentCache(*specs, cache.kv_lora_rank)  # type: ignore[arg-type]
+    return LatentCache(sharding.entries_spec, sharding.tokens_spec, cache.kv_lora_rank)  # type: ignore[arg-type]
+
+
+def _on(sharding: MLASharding | None, spec: str) -> NamedSharding | None:
+    return None if sharding is None else NamedSharding(sharding.mesh, getattr(sharding, spec))
 
 
 def token_slots(length: Int[Array, "B"], active: Bool[Array, "B T"], capacity: int) -> Int[Array, "B T"]:
@@ -194,10 +231,10 @@ def token_slots(length: Int[Array, "B"], active: Bool[Array, "B T"], capacity: i
     return jnp.where(active & (slots < capacity), slots, capacity)
 
 
-def new_length(cache: Cache, active: Bool[Array, "B T"]) -> Int[Array, "B"]:
+def new_length(length: Int[Array, "B"], active: Bool[Array, "B T"], capacity: int) -> Int[Array, "B"]:
     """Lengths after the active tokens are appended, saturating at the capacity."""
     added = jnp.sum(active, axis=1, dtype=jnp.int32)
-    return jnp.minimum(cache.length + added, cache.capacity)
+    return jnp.minimum(length + added, capacity)
 
 
 def _masked(

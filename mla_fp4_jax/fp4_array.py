@@ -199,7 +199,7 @@ class FP4Array:
             raise ValueError(
                 f"FP4Array.in_fragment_order: the array must fit fragment order; {reason} Keep it as it is."
             )
-        return _to_fragments(self, FragmentOrder(key_rows))
+        return to_fragment_order(self, FragmentOrder(key_rows))
 
     def in_checkpoint_order(self) -> FP4Array:
         """The same bytes in row-major order, as from_packed took them; jittable."""
@@ -273,7 +273,8 @@ def _by_head(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _to_fragments(w: FP4Array, order: FragmentOrder) -> FP4Array:
+def to_fragment_order(w: FP4Array, order: FragmentOrder) -> FP4Array:
+    """FP4Array.in_fragment_order of an array that is known to fit, traced or not."""
     codes = formats.unpack_nibbles(w.packed).reshape(_by_head(w.shape))
     packed, scales = fragments.to_fragments(codes, w.scales.reshape(_by_head(w.scales.shape)), order)
     packed, scales = packed.reshape(w.packed.shape), scales.reshape(w.scales.shape)

@@ -30,6 +30,9 @@ from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
 from mla_fp4_jax.ops.mla_prefill import mla_prefill_attention
 from mla_fp4_jax.projections import expand_kv_b, k_up_proj, linear, v_up_proj
+from mla_fp4_jax.shard import WHOLE, Shard
+from mla_fp4_jax.sharding import MLASharding
+from mla_fp4_jax.spmd import on_every_device
 from mla_fp4_jax.weights import MLAWeights
 
 
@@ -45,6 +48,7 @@ def mla_prefill(
     dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
     attention_implementation: str | None = None,
+    sharding: MLASharding | None = None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """Append a chunk of tokens to the cache and attend causally to all that it then holds.
 
@@ -62,39 +66,63 @@ def mla_prefill(
         dtype: compute dtype.
         implementation: of the FP4 products; see fp4_bmm.
         attention_implementation: see ops.mla_prefill_attention.
+        sharding: how weights and cache lie on several devices. x is split along batch, so is the output, and the
+            cache comes back as it lay. None for one device.
 
     Returns:
         The layer's output in `dtype`, exactly 0 where a token is padding or did not fit, and the cache.
 
     Raises:
         ValueError: shapes that do not fit; concrete lengths out of range or past the cache's capacity. Traced
-            ones cannot be checked: a token past the capacity is dropped and harms no other.
+            ones cannot be checked: a token past the capacity is dropped and harms no other. With a sharding also
+            sizes that do not divide over its devices.
     """
-    step = _begin(
-        weights,
-        x,
-        cache,
-        config,
-        positions,
-        _active("mla_prefill", x, lengths, padding_mask),
-        dtype,
-        implementation,
-    )
+    active = _active("mla_prefill", x, lengths, padding_mask)
+    _check(x, cache, config, positions, active)
+    static = {
+        "dtype": jnp.dtype(dtype),
+        "implementation": implementation,
+        "attention_implementation": attention_implementation,
+    }
+    if sharding is not None:
+        return on_every_device(_prefill, sharding, weights, x, cache, config, positions, active, **static)
+    return _prefill(WHOLE, weights, x, cache, config, positions, active, **static)
+
+
+def _prefill(
+    shard: Shard,
+    weights: MLAWeights,
+    x: Float[Array, "B T E"],
+    cache: Cache,
+    config: MLAConfig,
+    positions: Int[Array, "B T"] | None,
+    active: Bool[Array, "B T"],
+    *,
+    dtype: jnp.dtype,
+    implementation: str | None,
+    attention_implementation: str | None,
+) -> tuple[Float[Array, "B T E"], Cache]:
+    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation)
     kv_b_proj = weights.kv_b_proj
     if isinstance(kv_b_proj, FP4Array) and kv_b_proj.format == "mxfp4" and implementation in (None, "mosaic_gpu"):
         # Decoded once for all blocks of latents: exact, and gone when prefill is. A library's matmul does the rest.
         kv_b_proj = fp4_dense(kv_b_proj, dtype)
-    with jax.named_scope("mla/attention"):
-        attended, _ = mla_prefill_attention(
-            jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1),
-            step.cache,
-            step.visible,
+    q = jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1)
+
+    def attend(cache: Cache, visible: Int[Array, "B T"]):
+        return mla_prefill_attention(
+            q,
+            cache,
+            visible,
             lambda latent: expand_kv_b(latent, kv_b_proj, implementation=implementation),
             scale=config.softmax_scale,
             v_head_dim=config.v_head_dim,
             implementation=attention_implementation,
         )
-    return _finish(weights, attended, step, implementation)
+
+    with jax.named_scope("mla/attention"):
+        attended = shard.attend(attend, step.cache, step.visible)
+    return _finish(shard, weights, attended, step, implementation)
 
 
 def mla_decode(
@@ -108,6 +136,7 @@ def mla_decode(
     dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
     attention_implementation: str | None = None,
+    sharding: MLASharding | None = None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """Append T new tokens per sequence (1, or a few speculated) and attend in latent space.
 
@@ -115,20 +144,49 @@ def mla_decode(
     step. The two differ in the order of operations only: here W_K and W_V are absorbed into the query and the
     output, so that the cache is read once for all heads. `attention_implementation` is ops.mla_decode's.
     """
-    step = _begin(
-        weights, x, cache, config, positions, _active("mla_decode", x, lengths, None), dtype, implementation
-    )
+    active = _active("mla_decode", x, lengths, None)
+    _check(x, cache, config, positions, active)
+    static = {
+        "dtype": jnp.dtype(dtype),
+        "implementation": implementation,
+        "attention_implementation": attention_implementation,
+    }
+    if sharding is not None:
+        return on_every_device(_decode, sharding, weights, x, cache, config, positions, active, **static)
+    return _decode(WHOLE, weights, x, cache, config, positions, active, **static)
+
+
+def _decode(
+    shard: Shard,
+    weights: MLAWeights,
+    x: Float[Array, "B T E"],
+    cache: Cache,
+    config: MLAConfig,
+    positions: Int[Array, "B T"] | None,
+    active: Bool[Array, "B T"],
+    *,
+    dtype: jnp.dtype,
+    implementation: str | None,
+    attention_implementation: str | None,
+) -> tuple[Float[Array, "B T E"], Cache]:
+    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation)
     q_latent = k_up_proj(step.q, weights.kv_b_proj, config.qk_nope_head_dim, implementation=implementation)
     with jax.named_scope("mla/attention"):
-        attended = latent_attention(
-            jnp.concatenate([q_latent, step.q_rope], axis=-1),
-            step.cache,
-            step.visible,
-            scale=config.softmax_scale,
-            implementation=attention_implementation,
-        )
+        q = jnp.concatenate([q_latent, step.q_rope], axis=-1)
+
+        def attend(cache: Cache, visible: Int[Array, "B T"]):
+            return latent_attention(
+                q,
+                cache,
+                visible,
+                scale=config.softmax_scale,
+                return_lse=True,
+                implementation=attention_implementation,
+            )
+
+        attended = shard.attend(attend, step.cache, step.visible)
     heads = v_up_proj(attended, weights.kv_b_proj, config.v_head_dim, implementation=implementation)
-    return _finish(weights, heads, step, implementation)
+    return _finish(shard, weights, heads, step, implementation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +200,7 @@ class _Step:
 
 
 def _begin(
+    shard: Shard,
     weights: MLAWeights,
     x: Float[Array, "B T E"],
     cache: Cache,
@@ -151,8 +210,6 @@ def _begin(
     dtype: DTypeLike,
     implementation: str | None,
 ) -> _Step:
-    _check_shapes(x, cache, config, positions)
-    _check_capacity(cache, active)
     x = x.astype(dtype)
     slots = cache.length[:, None] + jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1
     if positions is None:
@@ -176,8 +233,8 @@ def _begin(
             gain = gain.astype(jnp.float32) * config.latent_scale
         latent = rms_norm(kv[..., : config.kv_lora_rank], gain, config.layernorm_eps)
         k_rope = rope.rotate(kv[..., config.kv_lora_rank :], cos, sin, interleaved=config.rope_interleave)
-        cache = cache.append(jnp.concatenate([latent, k_rope], axis=-1), active)
-    visible = jnp.where(active & (slots < cache.capacity), slots + 1, 0)
+        cache = shard.append(cache, jnp.concatenate([latent, k_rope], axis=-1), active)
+    visible = jnp.where(active & (slots < shard.capacity(cache)), slots + 1, 0)
     return _Step(q, q_rope, cache, visible)
 
 
@@ -195,15 +252,17 @@ def _queries(
 
 
 def _finish(
-    weights: MLAWeights, heads: Float[Array, "B T H V"], step: _Step, implementation: str | None
+    shard: Shard, weights: MLAWeights, heads: Float[Array, "B T H V"], step: _Step, implementation: str | None
 ) -> tuple[Float[Array, "B T E"], Cache]:
     with jax.named_scope("mla/o_proj"):
-        y = linear(
-            heads.reshape(*heads.shape[:2], -1),
-            weights.o_proj,
-            weights.o_proj_bias,
-            implementation=implementation,
-        )
+        flat = heads.reshape(*heads.shape[:2], -1)
+        if shard == WHOLE:
+            y = linear(flat, weights.o_proj, weights.o_proj_bias, implementation=implementation)
+        else:  # the bias once, not once a device
+            y = shard.reduce(linear(flat, weights.o_proj, implementation=implementation))
+            if weights.o_proj_bias is not None:
+                bias = weights.o_proj_bias.astype(jnp.float32).reshape(1, 1, -1)
+                y = (y.astype(jnp.float32) + bias).astype(y.dtype)
     return jnp.where((step.visible > 0)[..., None], y, jnp.zeros((), y.dtype)), step.cache
 
 
@@ -241,11 +300,22 @@ def _active(
             f"{where}: lengths must be integers [B] = {(batch,)}; got {lengths.dtype}{lengths.shape}. "
             "Give the number of real tokens of each row."
         )
-    if not isinstance(lengths, Tracer):
+    if not isinstance(lengths, Tracer) and lengths.is_fully_addressable:
         known = np.asarray(lengths)  # NumPy, since jnp would trace even constants within jit
         if ((known < 0) | (known > tokens)).any():
             raise ValueError(f"{where}: lengths must lie in 0 .. T = {tokens}; got {known.tolist()}.")
     return jnp.arange(tokens)[None] < lengths[:, None]
+
+
+def _check(
+    x: Float[Array, "B T E"],
+    cache: Cache,
+    config: MLAConfig,
+    positions: Int[Array, "B T"] | None,
+    active: Bool[Array, "B T"],
+) -> None:
+    _check_shapes(x, cache, config, positions)
+    _check_capacity(cache, active)
 
 
 def _check_shapes(
@@ -271,7 +341,7 @@ def _check_shapes(
 
 
 def _check_capacity(cache: Cache, active: Bool[Array, "B T"]) -> None:
-    if isinstance(cache.length, Tracer) or isinstance(active, Tracer):
+    if isinstance(cache.length, Tracer) or isinstance(active, Tracer) or not cache.length.is_fully_addressable:
         return
     after = np.asarray(cache.length) + np.asarray(active).sum(axis=1, dtype=np.int32)
     if (after > cache.capacity).any():

@@ -17,6 +17,8 @@ from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.functional import mla_decode, mla_prefill
 from mla_fp4_jax.kernel_order import order_for_device
+from mla_fp4_jax.sharding import MLASharding
+from mla_fp4_jax.spmd import group_sizes, place_weights
 from mla_fp4_jax.weights import MLAWeights, Weight, check_weights, random_weights
 
 
@@ -43,6 +45,7 @@ class MLAAttention(nnx.Module):
         linear_formats: Mapping[str, str] | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         implementation: str | None = None,
+        sharding: MLASharding | None = None,
         rngs: nnx.Rngs | None = None,
     ):
         """Hold given weights, or make random ones; for a checkpoint use load_mla_layer.
@@ -56,24 +59,33 @@ class MLAAttention(nnx.Module):
                 named.
             dtype: compute dtype, and that of random dense weights and of the cache.
             implementation: of the FP4 products; see fp4_bmm.
+            sharding: how weights and caches lie on many devices; weights that lie otherwise are placed. None for one.
             rngs: makes random weights from its `params` stream, normal with variance 1 / fan-in.
 
         Raises:
             ValueError: neither or both of weights and rngs; a weight that is missing, unexpected or of another
-                shape; an unknown format or projection.
+                shape; an unknown format or projection; heads that do not divide over the devices.
         """
         if weights is None and rngs is not None:
             formats = {"kv_b_proj": kv_b_format, **(linear_formats or {})}
-            weights = order_for_device(random_weights(config, formats, dtype, rngs), config, implementation)
+            weights = random_weights(config, formats, dtype, rngs)
+            if sharding is not None:
+                sharding.check(config, group_sizes(weights))
+                weights = place_weights(weights, sharding)
+            weights = order_for_device(weights, config, implementation, sharding)
         elif weights is None or rngs is not None:
             raise ValueError(
                 "MLAAttention: exactly one of weights and rngs must be given; got "
                 f"{'neither' if weights is None else 'both'}. Pass rngs=nnx.Rngs(0) for random weights."
             )
         check_weights(config, weights)
+        if sharding is not None:
+            sharding.check(config, group_sizes(weights))
+            weights = place_weights(weights, sharding)
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.implementation = implementation
+        self.sharding = sharding
         for field in dataclasses.fields(MLAWeights):
             setattr(self, field.name, _variable(getattr(weights, field.name)))
 
@@ -103,6 +115,7 @@ class MLAAttention(nnx.Module):
             dtype=self.dtype if dtype is None else dtype,
             page_size=page_size,
             num_pages=num_pages,
+            sharding=self.sharding,
         )
 
     def prefill(
@@ -125,6 +138,7 @@ class MLAAttention(nnx.Module):
             padding_mask=padding_mask,
             dtype=self.dtype,
             implementation=self.implementation,
+            sharding=self.sharding,
         )
 
     def decode(
@@ -145,6 +159,7 @@ class MLAAttention(nnx.Module):
             lengths=lengths,
             dtype=self.dtype,
             implementation=self.implementation,
+            sharding=self.sharding,
         )
 
 

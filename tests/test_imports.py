@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "einsum", "formats"],
     ["config"],
+    ["sharding"],
     ["cache", "rope", "scale_search"],
     ["fp4_array"],
     ["quantize"],
@@ -23,6 +24,8 @@ LAYERS = [
     ["ops"],
     ["projections"],
     ["weights"],
+    ["shard"],
+    ["spmd"],
     ["functional", "kernel_order"],
     ["mla"],
     ["checkpoint"],

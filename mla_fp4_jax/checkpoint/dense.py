@@ -26,7 +26,8 @@ def _check(stored: StoredWeight) -> None:
 
 def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> jax.Array:
     view = stored.read("weight")
-    check_finite(stored, "weight", view)
+    for origin, part in placement.local(view):
+        check_finite(stored, "weight", part, origin=origin)
     array = placement.dense(view)
     if jnp.dtype(dtype) != jnp.float16 or array.dtype == jnp.float16:
         return array.astype(dtype)
@@ -35,12 +36,12 @@ def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> jax.A
 
 def _rows(stored: StoredWeight, part: slice) -> np.ndarray:
     view = stored.read("weight")[part]
-    check_finite(stored, "weight", view, first=part.start or 0)
+    check_finite(stored, "weight", view, origin=(part.start or 0, 0))
     return view.astype(np.float32)
 
 
-def check_finite(stored: StoredWeight, suffix: str, view: np.ndarray, *, first: int = 0) -> None:
-    """Raise CheckpointError where a plain tensor, of which `view` begins at row `first`, has a NaN or infinity."""
+def check_finite(stored: StoredWeight, suffix: str, view: np.ndarray, *, origin: tuple[int, int] = (0, 0)) -> None:
+    """Raise CheckpointError where a plain tensor, of which `view` begins at `origin`, has a NaN or infinity."""
     kind, mask = EXPONENT_MASKS[stored.tensors[suffix].dtype]
     bits = view.reshape(-1).view(kind)
     for start in range(0, bits.size, CHUNK_ELEMENTS):
@@ -48,7 +49,7 @@ def check_finite(stored: StoredWeight, suffix: str, view: np.ndarray, *, first: 
         bad = (chunk & mask) == mask
         if bad.any():
             index = [int(i) for i in np.unravel_index(start + int(np.argmax(bad)), view.shape)]
-            index[:1] = [index[0] + first] if index else []
+            index = [i + first for i, first in zip(index, origin, strict=False)]
             raise stored.error(suffix, f"must be finite; got NaN or infinity at {index}.")
 
 

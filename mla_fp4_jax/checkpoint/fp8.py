@@ -90,30 +90,42 @@ def _scales(stored: StoredWeight) -> np.ndarray:
     return values.reshape(values.shape[0] if values.ndim else 1, -1)
 
 
-def _rows(stored: StoredWeight, part: slice) -> np.ndarray:
+def _rows(stored: StoredWeight, part: slice, columns: slice = slice(None)) -> np.ndarray:
     block_rows, block_columns = _block(stored)
     raw = stored.read("weight")
     first, last, _ = part.indices(raw.shape[0])
-    values = _TABLES[stored.tensors["weight"].dtype][raw[first:last].view(np.uint8)]
+    values = _TABLES[stored.tensors["weight"].dtype][raw[first:last, columns].view(np.uint8)]
+    start, stop, _ = columns.indices(raw.shape[1])
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0].tolist()
-        raise stored.error("weight", f"must be finite; got NaN or infinity at [{first + row}, {column}].")
+        where = [first + row, start + column]
+        raise stored.error("weight", f"must be finite; got NaN or infinity at {where}.")
     scales = _scales(stored)[np.arange(first, last) // block_rows]
     with np.errstate(over="ignore"):  # found below
-        for column in range(scales.shape[1]):
-            values[:, column * block_columns : (column + 1) * block_columns] *= scales[:, column, None]
+        for column in range(start // block_columns, -(-stop // block_columns)):
+            first_of_block = max(column * block_columns - start, 0)
+            values[:, first_of_block : (column + 1) * block_columns - start] *= scales[:, column, None]
     if not np.isfinite(values).all():
         raise stored.error("weight", "must be finite once scaled; its products overflow float32.")
     return values
 
 
 def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> jax.Array:
-    rows, columns = stored.shape
-    whole = np.empty((rows, columns), np.float32 if jnp.dtype(dtype) == jnp.float16 else jnp.dtype(dtype))
-    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
-    for first in range(0, rows, step):
-        whole[first : first + step] = _rows(stored, slice(first, first + step))
-    array = placement.dense(whole)
+    kind = np.float32 if jnp.dtype(dtype) == jnp.float16 else jnp.dtype(dtype)
+
+    def compute(rows: slice, columns: slice) -> np.ndarray:
+        size = columns.stop - columns.start
+        out = np.empty((rows.stop - rows.start, size), kind)
+        step = max(1, CHUNK_ELEMENTS // max(size, 1))
+        for first in range(0, len(out), step):
+            part = slice(rows.start + first, min(rows.start + first + step, rows.stop))
+            out[first : first + step] = _rows(stored, part, columns)
+        return out
+
+    if placement.sharding is None or placement.sharding.is_fully_addressable:
+        array = placement.dense(compute(*(slice(0, size) for size in stored.shape)))
+    else:
+        array = placement.computed(compute)
     return cast_to_float16(stored, "weight", array) if jnp.dtype(dtype) == jnp.float16 else array
 
 

@@ -17,6 +17,7 @@ from mla_fp4_jax.checkpoint.placement import CodeBuffers, default_device
 from mla_fp4_jax.checkpoint.plan import FindSharding, LayerPlan, plan_mla_layer, plan_mla_layers
 from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.mla import MLAAttention
+from mla_fp4_jax.sharding import MLASharding
 
 logger = logging.getLogger(__name__)
 # Most of the time goes into the kernel's finding and clearing pages, which threads do side by side.
@@ -31,7 +32,7 @@ def load_mla_layer(
     implementation: str | None = None,
     prefix: str | None = None,
     nibble_order: str = "linear",
-    sharding: Sharding | FindSharding | None = None,
+    sharding: MLASharding | Sharding | FindSharding | None = None,
 ) -> MLAAttention:
     """Load one attention layer of a Hugging Face safetensors checkpoint.
 
@@ -49,8 +50,9 @@ def load_mla_layer(
         implementation: of the FP4 products; see fp4_bmm.
         prefix: where the layer's tensors are, should it not be found: "model.layers.{layer}.self_attn".
         nibble_order: of packed codes; "gguf" where they lie as in GGUF's blocks, which nothing in a file tells.
-        sharding: where weights go: one for all, or a function of a weight's name and shape in MLAWeights. None for
-            the default device.
+        sharding: an MLASharding, which the layer then has: its heads, sequences and contexts over a mesh, a device's
+            part read by its own process only. Or where weights go and no more: one for all, or a function of a
+            weight's name and shape in MLAWeights. None for the default device.
 
     Returns:
         The layer.
@@ -68,7 +70,7 @@ def load_mla_layers(
     path: str | os.PathLike[str],
     layers: Sequence[int] | None = None,
     *,
-    sharding: Sharding | FindSharding | None = None,
+    sharding: MLASharding | Sharding | FindSharding | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
     prefix: str | None = None,
@@ -103,12 +105,12 @@ def load_mla_layers(
             return load_planned(plan, dtype, implementation, sharding=sharding, buffers=buffers)
 
     threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, len(plans)))
-    layers = []
+    loaded: list[MLAAttention] = []
     with bar, ThreadPoolExecutor(threads) as pool:
         for plan, layer in zip(plans, pool.map(load, plans), strict=True):
-            layers.append(layer)
+            loaded.append(layer)
             bar.update(plan.nbytes)
-    return layers
+    return loaded
 
 
 def load_planned(
@@ -116,7 +118,7 @@ def load_planned(
     dtype: DTypeLike,
     implementation: str | None,
     *,
-    sharding: Sharding | FindSharding | None = None,
+    sharding: MLASharding | Sharding | FindSharding | None = None,
     **reading,
 ) -> MLAAttention:
     """Load what plan_mla_layer found; see load_mla_layer, and LayerPlan.read for `reading`."""
@@ -125,11 +127,21 @@ def load_planned(
         logger.info("left out: %s", ", ".join(plan.unused))
     for note in plan.notes:
         logger.info("%s: %s", plan.prefix.rstrip("."), note)
-    find = sharding if callable(sharding) else lambda field, shape: sharding
+    rules = sharding if isinstance(sharding, MLASharding) else None
+    if rules is not None:
+        groups = {"mxfp4": 32, "nvfp4": 16}
+        packed = {w.field: groups[w.reader.format] for w in plan.weights if w.reader.packed}
+        rules.check(plan.config, packed)
+
+    def find(field: str, shape: tuple[int, ...]) -> Sharding | None:
+        if isinstance(sharding, MLASharding):
+            return sharding.weight(field)
+        return sharding(field, shape) if callable(sharding) else sharding
+
     weights = plan.read(dtype, sharding=find, **reading)
-    if sharding is None:
-        weights = order_for_device(weights, plan.config, implementation)
-    return MLAAttention(plan.config, weights=weights, dtype=dtype, implementation=implementation)
+    if sharding is None or rules is not None:
+        weights = order_for_device(weights, plan.config, implementation, rules)
+    return MLAAttention(plan.config, weights=weights, dtype=dtype, implementation=implementation, sharding=rules)
 
 
 def _check_dtype(dtype: DTypeLike) -> None:

@@ -57,12 +57,12 @@ def read_codes(stored: StoredWeight, suffix: str, part: slice = slice(None)) -> 
     return to_linear_order(codes) if stored.gguf_nibbles else codes
 
 
-def check_e8m0(stored: StoredWeight, suffix: str, scales: np.ndarray) -> np.ndarray:
-    """Scale bytes, or CheckpointError where one is NaN."""
+def check_e8m0(stored: StoredWeight, suffix: str, scales: np.ndarray, origin: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Scale bytes, which begin at `origin` of the tensor, or CheckpointError where one is NaN."""
     scales = scales.view(np.uint8)
     bad = scales == NAN_SCALE
     if bad.any():
-        row, group = np.argwhere(bad)[0].tolist()
+        row, group = (np.argwhere(bad)[0] + origin).tolist()
         raise stored.error(suffix, f"must not hold {NAN_SCALE}, e8m0's NaN; found at [{row}, {group}].")
     return scales
 
@@ -77,7 +77,9 @@ def decode_mxfp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> FP4Array:
     del dtype  # of dense weights; these stay packed
     codes, scale = _suffixes(stored)
-    scales = check_e8m0(stored, scale, stored.read(scale))
+    scales = stored.read(scale).view(np.uint8)
+    for origin, part in placement.local(scales):
+        check_e8m0(stored, scale, part, origin)
     return placement.packed(read_codes(stored, codes), scales, "mxfp4")
 
 

@@ -46,12 +46,12 @@ def _check(stored: StoredWeight) -> None:
         raise stored.error(suffix, f"must be one F32 for the whole weight; got {stored.tensors[suffix]}.")
 
 
-def check_e4m3(stored: StoredWeight, suffix: str, scales: np.ndarray) -> np.ndarray:
-    """e4m3 scale bytes, or CheckpointError where one is NaN."""
+def check_e4m3(stored: StoredWeight, suffix: str, scales: np.ndarray, origin: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """e4m3 scale bytes, which begin at `origin` of the tensor, or CheckpointError where one is NaN."""
     scales = scales.view(np.uint8)
     bad = (scales & 0x7F) == 0x7F
     if bad.any():
-        row, group = np.argwhere(bad)[0].tolist()
+        row, group = (np.argwhere(bad)[0] + origin).tolist()
         raise stored.error(suffix, f"must not hold e4m3's NaN; found at [{row}, {group}].")
     return scales
 
@@ -64,7 +64,9 @@ def decode_nvfp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> FP4Array:
     del dtype  # of dense weights; these stay packed
-    scales = check_e4m3(stored, "weight_scale", stored.read("weight_scale"))
+    scales = stored.read("weight_scale").view(np.uint8)
+    for origin, part in placement.local(scales):
+        check_e4m3(stored, "weight_scale", part, origin)
     packed = read_codes(stored, stored.first("weight_packed", "weight"))
     if MULTIPLIES in stored.tensors:
         return placement.packed(packed, scales, "nvfp4", global_scale=stored.read_scalar(MULTIPLIES))

@@ -6,6 +6,8 @@ import ctypes
 import dataclasses
 import functools
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,6 +139,37 @@ class Placement:
             global_divisor=None if global_divisor is None else self._scalar(global_divisor),
         )
 
+    def local(self, view: np.ndarray) -> list[tuple[tuple[int, int], np.ndarray]]:
+        """The parts [n, c] of a stored array [rows, columns] that this process's devices hold, and where each begins.
+
+        The columns may be fewer than the weight's, as those of packed bytes and scales are. All of it in one part
+        where this process has every device: nothing else is then read, and nothing twice.
+        """
+        if self.sharding is None or self.sharding.is_fully_addressable or view.ndim != 2:
+            return [((0, 0), view)]
+        shaped = view.reshape(*self.shape[:-1], view.shape[-1])
+        found = {}
+        for index in self.sharding.addressable_devices_indices_map(shaped.shape).values():
+            assert index is not None
+            starts = [part.start or 0 for part in index]
+            row = int(np.ravel_multi_index(starts[:-1], shaped.shape[:-1]))
+            found[row, starts[-1]] = shaped[index].reshape(-1, shaped[index].shape[-1])
+        return list(found.items())
+
+    def computed(self, compute: Callable[[slice, slice], np.ndarray]) -> jax.Array:
+        """A plain matrix of which this process computes its devices' parts only, by rows and columns."""
+        assert self.sharding is not None and len(self.shape) in (2, 3)
+
+        def part(index: Any) -> np.ndarray:
+            ends = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+            each = math.prod(
+                self.shape[1:-1]
+            )  # rows to one of the first axis, which alone of the leading ones is cut
+            rows, columns = slice(ends[0][0] * each, ends[0][1] * each), slice(*ends[-1])
+            return compute(rows, columns).reshape(*(last - first for first, last in ends))
+
+        return jax.make_array_from_callback(self.shape, self.sharding, part)
+
     def _put(self, view: np.ndarray) -> jax.Array:
         sharding = self.sharding
         if sharding is None:  # uncommitted: free to follow what it is used with
@@ -160,7 +193,8 @@ class Placement:
         if self.sharding is None:
             return jax.device_put(value)
         if isinstance(self.sharding, NamedSharding):
-            return jax.device_put(value, NamedSharding(self.sharding.mesh, PartitionSpec()))
+            everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
+            return jax.make_array_from_callback((), everywhere, lambda index: np.asarray(value))
         return jax.device_put(value, next(iter(self.sharding.device_set)))
 
     def _check_groups(self, groups_shape: tuple[int, ...]) -> None:

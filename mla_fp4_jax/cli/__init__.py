@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mla_fp4_jax.checkpoint.convert import RULES
 from mla_fp4_jax.checkpoint.quantization_out import METHODS
+from mla_fp4_jax.cli import processes
 from mla_fp4_jax.cli.convert import run_convert
 from mla_fp4_jax.cli.demo import run_demo
 from mla_fp4_jax.cli.info import run_info
@@ -81,6 +82,7 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default bfloat16)")
     demo.add_argument("--implementation", choices=NAMES, help="of the FP4 products; see mla-fp4 info")
     demo.add_argument("--plot", type=Path, metavar="FILE.png", help="draw error and memory")
+    processes.add_arguments(demo, _at_least(1))
 
     info = commands.add_parser("info", help="versions, devices, and which implementations can run and why")
     info.set_defaults(run=run_info)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mla_fp4_jax.mla import MLAAttention
@@ -54,16 +56,16 @@ def run_layer(layer: MLAAttention, x: np.ndarray, prompt: int, page_size: int | 
     start = time.perf_counter()
     y, cache = jax.block_until_ready(prefill(layer, inputs[:, :prompt], cache))
     prefill_seconds = time.perf_counter() - start
-    prefilled = np.asarray(y, np.float32)
+    prefilled = _whole(layer, y)
 
     step, compile_step = _compile(MLAAttention.decode, layer, inputs[:, :1], cache)
     outputs, seconds = [], []
-    for t in tqdm(range(prompt, x.shape[1]), desc="decode", unit="step", leave=True):
+    for t in tqdm(range(prompt, x.shape[1]), desc="decode", unit="step", leave=True, disable=jax.process_index() > 0):
         token = jax.block_until_ready(inputs[:, t : t + 1])
         start = time.perf_counter()
         y, cache = jax.block_until_ready(step(layer, token, cache))
         seconds.append(time.perf_counter() - start)
-        outputs.append(np.asarray(y, np.float32))
+        outputs.append(_whole(layer, y))
     return Run(
         prefilled,
         np.concatenate(outputs, axis=1),
@@ -81,5 +83,21 @@ def _compile(function, layer: MLAAttention, x: jax.Array, cache):
         return function(layer, x, cache)
 
     start = time.perf_counter()
+    if layer.sharding is not None:  # jax 0.10's compiled functions do not take float4 arrays bound to devices
+        run = jax.jit(anew, donate_argnames=("cache",))
+        jax.block_until_ready(run(layer, x, jax.tree.map(jnp.copy, cache)))
+        return run, time.perf_counter() - start
     compiled = jax.jit(anew, donate_argnames=("cache",)).lower(layer, x, cache).compile()
     return compiled, time.perf_counter() - start
+
+
+def _whole(layer: MLAAttention, y: jax.Array) -> np.ndarray:
+    """An output as float32, also where other processes have parts of it."""
+    if layer.sharding is not None:
+        y = _replicated(y, NamedSharding(layer.sharding.mesh, PartitionSpec()))
+    return np.asarray(y, np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _replicated(y: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(y, sharding)

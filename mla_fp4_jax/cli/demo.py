@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_fp4_jax.checkpoint.load import load_planned
-from mla_fp4_jax.cli import accuracy, memory
+from mla_fp4_jax.cli import accuracy, memory, processes
 from mla_fp4_jax.cli.decoding import Run, run_layer
 from mla_fp4_jax.cli.info import check_implementation, recorded_choices
 from mla_fp4_jax.cli.plot import check_plot, draw_plot
@@ -18,24 +18,33 @@ from mla_fp4_jax.cli.source import Source, find_source
 from mla_fp4_jax.cli.text import bar, human_bytes, human_seconds, percent, table
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.mla import MLAAttention
+from mla_fp4_jax.sharding import LOGICAL, MLASharding
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 def run_demo(args: argparse.Namespace) -> None:
     """Run the demo; see the command's help for its arguments."""
+    with processes.joined(args):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_plot(args.plot)  # before minutes of work, not after
     check_implementation(args.implementation)
     source = find_source(args)
+    sharding = processes.find_sharding(args)
     start = time.perf_counter()
-    layer = load_planned(source.plan, DTYPES[args.dtype], args.implementation)
+    layer = load_planned(source.plan, DTYPES[args.dtype], args.implementation, sharding=sharding)
     _print_layer(source, time.perf_counter() - start)
     held = memory.kv_b_memory(layer.config, layer.weights.kv_b_proj)
     _print_memory(held)
+    if sharding is not None:
+        print(f"  on each device, all weights: {human_bytes(memory.bytes_on_a_device(layer.weights))}")
 
     x = np.asarray(jnp.asarray(source.x, layer.dtype), np.float32)
-    _print_device(args)
+    _print_device(args, sharding)
     with recorded_choices() as choices:
         run = run_layer(layer, x, source.prompt, args.page_size)
     _print_run(run)
@@ -44,7 +53,11 @@ def run_demo(args: argparse.Namespace) -> None:
 
     found = None
     reason = accuracy.why_not(layer, x.shape[1])
+    if jax.process_index():
+        return
     if reason is None:
+        if sharding is not None:  # once more, whole: what float64 is computed from
+            layer = load_planned(source.plan, DTYPES[args.dtype], args.implementation)
         found = accuracy.measure(layer, x, run.decoded, source.prompt)
         _print_accuracy(found, layer, source)
     else:
@@ -80,11 +93,14 @@ def _print_memory(held: dict[str, int]) -> None:
     print(table([(name, human_bytes(n), bar(n / largest)) for name, n in held.items()], right=(1,)))
 
 
-def _print_device(args: argparse.Namespace) -> None:
+def _print_device(args: argparse.Namespace, sharding: MLASharding | None) -> None:
     device = jax.devices()[0]
     kind = device.device_kind
+    if sharding is not None:
+        split = ", ".join(f"{logical} over {sharding.size(logical)}" for logical in LOGICAL)
+        kind = f"{jax.device_count()} x {kind} in {jax.process_count()} processes ({split})"
     cache = "contiguous cache" if args.page_size is None else f"cache in pages of {args.page_size}"
-    print(f"\nOn {kind if kind == device.platform else f'{kind} ({device.platform})'}, in {args.dtype}, {cache}")
+    print(f"\nOn {kind if device.platform in kind else f'{kind} ({device.platform})'}, in {args.dtype}, {cache}")
 
 
 def _print_run(run: Run) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
-from mla_fp4_jax.weights import Weight
+from mla_fp4_jax.weights import MLAWeights, Weight
 
 BF16, ENGINES, HERE = "bf16", "engines, two copies", "here, one pack"
 GROUP_SIZE = 32
@@ -26,3 +29,12 @@ def kv_b_memory(config: MLAConfig, kv_b: Weight) -> dict[str, int]:
     else:
         held["here, as in the checkpoint"] = kv_b.size * kv_b.dtype.itemsize
     return held
+
+
+def bytes_on_a_device(weights: MLAWeights) -> int:
+    """What one device of this process holds of weights that are spread; a code is half a byte."""
+    bits = 0
+    for leaf in jax.tree.leaves(weights):
+        each = 4 if leaf.dtype == jnp.float4_e2m1fn else 8 * leaf.dtype.itemsize
+        bits += each * leaf.addressable_shards[0].data.size
+    return bits // 8
