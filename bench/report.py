@@ -52,7 +52,7 @@ def origin(result: dict, path: Path) -> str:
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("jax", "torch", "triton"))
     return (
         f"{described['device']}, {described['date'][:10]}, {versions}; commit `{described['commit'][:7]}`, "
-        f"`bench/results/{path.name}`."
+        f"`bench/results/{path.name}`." + (f"\n{result['note']}" if "note" in result else "")
     )
 
 
@@ -91,17 +91,20 @@ def fp4_bmm_section(result: dict) -> str:
     ]
     names = (matmul.MOSAIC, matmul.DENSE, "triton dot_scaled", "triton w8a8", "cublas bf16")
     lines += [row(batch, *(pair(call, name, batch) for name in names)) for batch in matmul.BATCHES]
-    lines += ["", *other_shapes(result["rows"])]
+    lines += other_shapes(result["rows"])
+    lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)"]
     return "\n".join(lines)
 
 
 def other_shapes(rows: list[dict]) -> list[str]:
     """XLA bf16's kernel time over mosaic_gpu's: above 1 FP4 is faster."""
-    lines = [
+    heading = [
+        "",
         "Other shapes: kernel time of XLA bf16 over that of `mosaic_gpu`, k_up / v_up; above 1 FP4 is faster.",
         "",
         *rule("shape", *(f"B = {batch}" for batch in matmul.OTHER_BATCHES)),
     ]
+    lines = list(heading)
     for shape in map(str, matmul.OTHER_SHAPES):
         found = times([r for r in rows if r.get("shape") == shape], "kernel_us")
         cells = []
@@ -109,8 +112,9 @@ def other_shapes(rows: list[dict]) -> list[str]:
             keys = [((matmul.DENSE, op, batch), (matmul.MOSAIC, op, batch)) for op in matmul.OPS]
             ratios = [f"{found[dense] / found[own]:.2f}" for dense, own in keys if dense in found and own in found]
             cells.append(" / ".join(ratios) or "-")
-        lines.append(row(shape, *cells))
-    return lines
+        if set(cells) != {"-"}:
+            lines.append(row(shape, *cells))
+    return lines if len(lines) > len(heading) else []
 
 
 @section("mla_decode")
