@@ -103,12 +103,12 @@ def load_mla_layers(
             return load_planned(plan, dtype, implementation, sharding=sharding, buffers=buffers)
 
     threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, len(plans)))
-    layers = []
+    loaded = []
     with bar, ThreadPoolExecutor(threads) as pool:
         for plan, layer in zip(plans, pool.map(load, plans), strict=True):
-            layers.append(layer)
+            loaded.append(layer)
             bar.update(plan.nbytes)
-    return layers
+    return loaded
 
 
 def load_planned(
