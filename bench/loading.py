@@ -2,8 +2,8 @@
 
     python -m bench.loading [--layers 61] [--directory DIR] [--json FILE]
 
-Writes the checkpoint to DIR (100 MB a layer; removed afterwards), reads it once, loads it in a fresh process for each
-run, and beside it times a plain copy of the same bytes into new memory: what the operating system allows.
+Writes the checkpoint to DIR (100 MB a layer; removed afterwards), reads it once, and in a fresh process loads it some
+times, each followed by a plain copy of the same bytes into new memory: what the operating system allows just then.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import mmap
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from mla_fp4_jax.checkpoint.load import MOST_THREADS
 
 CONFIG = {
     "model_type": "deepseek_v3",
@@ -40,15 +44,18 @@ SHAPES = {
 }
 LOAD = """
 import sys, time
-from mla_fp4_jax import load_mla_layers
-times = []
-for _ in range(int(sys.argv[2])):
-    start = time.perf_counter()
-    layers = load_mla_layers(sys.argv[1], progress=False)
-    times.append(time.perf_counter() - start)
-    del layers
+from pathlib import Path
 import jax
-print(jax.__version__, *times)
+from bench.loading import copy_plainly
+from mla_fp4_jax import load_mla_layers
+root, runs = sys.argv[1], int(sys.argv[2])
+print(jax.__version__)
+for _ in range(runs):
+    start = time.perf_counter()
+    layers = load_mla_layers(root, progress=False)
+    loaded = time.perf_counter() - start
+    del layers
+    print(loaded, copy_plainly(Path(root)))
 """
 
 
@@ -76,13 +83,18 @@ def write_model(root: Path, layers: int) -> int:
 
 
 def copy_plainly(root: Path) -> float:
-    """Seconds to copy the files into new memory, page by page as malloc gets it."""
-    start, kept = time.perf_counter(), []
-    for path in sorted(root.glob("*.safetensors")):
+    """Seconds to copy the files into new memory, page by page as malloc gets it, in as many threads as loading."""
+
+    def copy(path: Path) -> mmap.mmap:
         source = np.memmap(path, np.uint8, "r")
-        target = mmap.mmap(-1, source.size)
+        target = mmap.mmap(-1, source.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         np.frombuffer(target, np.uint8)[:] = source
-        kept.append(target)
+        return target
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        kept = list(pool.map(copy, sorted(root.glob("*.safetensors"))))
+    del kept
     return time.perf_counter() - start
 
 
@@ -99,19 +111,21 @@ def main() -> None:
         size = write_model(root, args.layers)
         for path in root.glob("*.safetensors"):
             path.read_bytes()
-        plain = copy_plainly(root)
+        before = os.getloadavg()[0]
         command = [sys.executable, "-c", LOAD, str(root), str(args.runs)]
-        version, *times = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        version, *times = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
     finally:
         shutil.rmtree(root)
-    rates = [size / float(seconds) / 1e9 for seconds in times]
+    rates = [round(size / float(seconds) / 1e9, 2) for seconds in times]
     result = {
         "layers": args.layers,
         "bytes": size,
         "jax": version,
         "cpu": platform.processor() or platform.machine(),
-        "load_GB_per_s": [round(rate, 2) for rate in rates],
-        "plain_copy_GB_per_s": round(size / plain / 1e9, 2),
+        "threads": min(MOST_THREADS, os.cpu_count() or 1),
+        "load_average": [round(before, 2), round(os.getloadavg()[0], 2)],
+        "load_GB_per_s": rates[::2],
+        "plain_copy_GB_per_s": rates[1::2],
     }
     print(json.dumps(result, indent=2))
     if args.json is not None:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from mla_fp4_jax.checkpoint import quantization_out as out
 from mla_fp4_jax.checkpoint.convert_state import ConvertState
+from mla_fp4_jax.checkpoint.converted import Converted
 from mla_fp4_jax.checkpoint.dense import DTYPES as PLAIN_DTYPES
-from mla_fp4_jax.checkpoint.directory import CONFIG_FILE, INDEX_SUFFIX, contained
-from mla_fp4_jax.checkpoint.mxfp4 import decode_mxfp4
+from mla_fp4_jax.checkpoint.directory import CONFIG_FILE, HF_QUANT_CONFIG_FILE, INDEX_SUFFIX, contained
 from mla_fp4_jax.checkpoint.plan import LayerPlan, OpenCheckpoint, PlannedWeight, open_checkpoint, plan_layer
 from mla_fp4_jax.checkpoint.quantization import find_quantization_config
 from mla_fp4_jax.checkpoint.writer import CHUNK_BYTES, Streamed, write_json, write_streamed
 from mla_fp4_jax.errors import CheckpointError
-from mla_fp4_jax.quantize import LEAST_ERROR, MXFP4_GROUP, SCALE_RULES, quantize_mxfp4
+from mla_fp4_jax.quantize import LEAST_ERROR, MXFP4_GROUP, SCALE_RULES
 
-CHUNK_ELEMENTS = 1 << 22
 REPORT_FILE = "mla_fp4_report.json"
+REWRITTEN = (CONFIG_FILE, HF_QUANT_CONFIG_FILE, REPORT_FILE)
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 RULES = (*SCALE_RULES, LEAST_ERROR)
 
@@ -40,7 +35,7 @@ class Conversion:
         plans: its attention layers.
         method: whose names and config are written: QUARK or COMPRESSED_TENSORS.
         scale_rule: of quantize_mxfp4.
-        jobs: module -> a weight to convert.
+        jobs: module -> a weight to convert, or to put from GGUF's nibble order into the usual one.
         kept: module -> why a weight that was asked for stays as it is.
     """
 
@@ -65,6 +60,7 @@ def plan_conversion(
     linears: str = "keep",
     scale_rule: str = "even",
     config: str | None = None,
+    nibble_order: str = "linear",
 ) -> Conversion:
     """Decide what to convert; reads headers only. Arguments as convert_checkpoint's."""
     for name, value, allowed in (
@@ -75,7 +71,9 @@ def plan_conversion(
     ):
         if value not in allowed:
             raise ValueError(f"convert_checkpoint: {name} must be one of {allowed}; got {value!r}. Choose one.")
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, nibble_order)
+    for name in opened.checkpoint.file_names:  # so that a tensor in two of them is found
+        opened.checkpoint.open(name)
     plans = tuple(plan_layer(opened, layer) for layer in opened.names.layers)
     if not plans:
         raise CheckpointError(f"{opened.checkpoint.root}: has no attention layer to convert.")
@@ -85,6 +83,9 @@ def plan_conversion(
     for plan in plans:
         for planned in plan.weights:
             asked = kv_b if planned.field == "kv_b_proj" else linears
+            if opened.gguf_nibbles and planned.reader.packed:
+                jobs[planned.stored.name] = planned  # no file could say that its order is GGUF's
+                continue
             if asked == "keep" or len(planned.stored.shape) != 2:
                 continue
             why = _why_kept(planned)
@@ -110,6 +111,7 @@ def convert_checkpoint(
     linears: str = "keep",
     scale_rule: str = "even",
     config: str | None = None,
+    nibble_order: str = "linear",
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> dict[str, Any]:
     """Write a checkpoint whose attention projections are MXFP4; all other tensors keep their bytes.
@@ -126,6 +128,7 @@ def convert_checkpoint(
         scale_rule: of quantize_mxfp4.
         config: whose tensor names and quantization_config to write, "quark" or "compressed-tensors"; None for the
             source's where it has one of these, else "quark".
+        nibble_order: of the source's packed codes, as for load_mla_layer. Attention's are written in the usual order.
         progress: told the bytes read.
 
     Returns:
@@ -136,10 +139,12 @@ def convert_checkpoint(
         CheckpointError: a source that does not load, a target that holds something else.
         ValueError: an unknown option.
     """
-    conversion = plan_conversion(source, kv_b=kv_b, linears=linears, scale_rule=scale_rule, config=config)
+    options = {"kv_b": kv_b, "linears": linears, "scale_rule": scale_rule, "nibble_order": nibble_order}
+    conversion = plan_conversion(source, config=config, **options)
     checkpoint, directory = conversion.opened.checkpoint, Path(target)
-    options = {"kv_b": kv_b, "linears": linears, "scale_rule": scale_rule, "config": conversion.method}
+    options["config"] = conversion.method
     state = ConvertState.open(checkpoint, directory, options)
+    left = _copy_other_files(checkpoint.root, directory, set(checkpoint.file_names))
     weight_map: dict[str, str] = {}
     for file_name in checkpoint.file_names:
         if state.is_done(file_name):
@@ -150,10 +155,18 @@ def convert_checkpoint(
             write_streamed(directory / file_name, tensors, _metadata(conversion, file_name))
             checkpoint.check_unchanged()
             state.done(file_name, [t.name for t in tensors], sum(t.nbytes for t in tensors), errors)
-        weight_map |= dict.fromkeys(state.tensors(file_name), file_name)
+        # A tensor may be in two shards; the source's index says which holds.
+        weight_map |= {
+            name: file_name
+            for name in state.tensors(file_name)
+            if name.rpartition(".")[0] in conversion.jobs
+            or (name in checkpoint.names and checkpoint.file_of(name).name == file_name)
+        }
 
-    _copy_other_files(checkpoint.root, directory)
     others = _other_modules(conversion)
+    hf_quant_config = checkpoint.hf_quant_config
+    if hf_quant_config is not None and conversion.jobs:
+        hf_quant_config = out.excluding(hf_quant_config, conversion.jobs, others) if any(others.values()) else None
     values, remark = out.converted_config(
         checkpoint.config,
         conversion.method,
@@ -161,6 +174,7 @@ def convert_checkpoint(
         list(conversion.jobs),
         list(others),
         others_quantised=any(others.values()),
+        elsewhere=hf_quant_config is not None,
     )
     if checkpoint.index_name is not None:
         metadata = {"total_size": state.total_size}
@@ -170,9 +184,11 @@ def convert_checkpoint(
         **options,
         "converted": state.errors,
         "kept": conversion.kept,
-        "notes": [] if remark is None else [remark],
+        "notes": ([] if remark is None else [remark]) + ([f"not copied: {', '.join(left)}"] if left else []),
     }
     write_json(directory / REPORT_FILE, report)
+    if hf_quant_config is not None:
+        write_json(directory / HF_QUANT_CONFIG_FILE, hf_quant_config)
     write_json(directory / CONFIG_FILE, values)
     state.finish()
     return report
@@ -191,59 +207,20 @@ def _shard(
         module, suffix = owner.get(name, (None, None))
         if module is None:
             yield Streamed(name, entry.dtype, entry.shape, lambda n=name: _copied(file, n, progress))
-        elif suffix == "weight":
+        elif suffix in ("weight", "weight_packed"):
             planned = conversion.jobs[module]
-            converted = _Converted(planned, conversion.scale_rule, errors, progress)
+            converted = Converted(planned, conversion.scale_rule, errors, progress)
             codes, scale = out.SUFFIXES[conversion.method]
             rows, columns = planned.stored.shape
             yield Streamed(f"{module}.{codes}", "U8", (rows, columns // 2), converted.codes)
             yield Streamed(f"{module}.{scale}", "U8", (rows, columns // MXFP4_GROUP), converted.scales)
-        # The scales of a weight that was FP8 are used up.
+        # The scales that were there are used up.
 
 
 def _copied(file, name: str, progress: Callable[[int], object]) -> Iterator[bytes]:
     for chunk in file.chunks(name, CHUNK_BYTES):
         progress(len(chunk))
         yield chunk
-
-
-class _Converted:
-    """A weight's MXFP4 bytes: the codes as they are made, the scales (1/64 of a bf16 weight) once that is over."""
-
-    def __init__(self, planned, scale_rule, errors, progress):
-        self._planned, self._rule, self._errors, self._progress = planned, scale_rule, errors, progress
-        self._scales: list[np.ndarray] = []
-
-    def codes(self) -> Iterator[np.ndarray]:
-        planned = self._planned
-        rows, columns = planned.stored.shape
-        step = max(1, CHUNK_ELEMENTS // columns)
-        lost, total, worst = 0.0, 0.0, 0.0
-        for start in range(0, rows, step):
-            values = planned.reader.rows(planned.stored, slice(start, min(start + step, rows)))
-            packed, scales = (np.asarray(part) for part in _quantize(jnp.asarray(values), self._rule))
-            difference = decode_mxfp4(packed, scales).astype(np.float64) - values
-            lost += float(np.sum(difference**2))
-            total += float(np.sum(values.astype(np.float64) ** 2))
-            worst = max(worst, float(np.max(np.abs(difference), initial=0.0)))
-            self._scales.append(scales)
-            self._progress(planned.nbytes * len(values) // rows)
-            yield packed
-        self._errors[planned.stored.name] = {
-            "relative_rms_error": (lost / total) ** 0.5 if total else 0.0,
-            "max_error": worst,
-            "from": planned.format,
-            "bytes_before": planned.nbytes,
-            "bytes_after": rows * columns * 17 // 32,
-        }
-
-    def scales(self) -> Iterator[np.ndarray]:
-        yield from self._scales
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _quantize(values: jax.Array, scale_rule: str) -> tuple[jax.Array, ...]:
-    return quantize_mxfp4(values, scale_rule=scale_rule).to_packed()
 
 
 def _metadata(conversion: Conversion, file_name: str) -> dict[str, str] | None:
@@ -266,11 +243,17 @@ def _other_modules(conversion: Conversion) -> dict[str, bool]:
     return found
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
+def _copy_other_files(source: Path, target: Path, shards: set[str]) -> list[str]:
+    """Copy tokenizers and the like; returns what is left behind: directories, and weights that are no shards."""
+    left = []
     for path in sorted(source.iterdir()):
-        skip = path.suffix in WEIGHT_FILES or path.name in (CONFIG_FILE, REPORT_FILE) or path.name.startswith(".")
-        if skip or path.name.endswith(INDEX_SUFFIX) or not path.is_file():
+        name = path.name
+        if name in {*shards, *REWRITTEN} or name.startswith(".") or name.endswith(INDEX_SUFFIX):
             continue
-        temporary = target / f".{path.name}.tmp"
-        shutil.copyfile(contained(source, path.name), temporary)
-        os.replace(temporary, target / path.name)
+        if path.suffix in WEIGHT_FILES or name.endswith(".bin.index.json") or not path.is_file():
+            left.append(name)
+            continue
+        temporary = target / f".{name}.tmp"
+        shutil.copyfile(contained(source, name), temporary)
+        os.replace(temporary, target / name)
+    return left

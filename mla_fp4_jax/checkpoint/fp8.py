@@ -5,7 +5,7 @@
     compressed-tensors     `weight`, `weight_scale`: one, one a row [out] or [out, 1], or one a block
     Quark, ModelOpt        likewise
     Mistral                `weight`, `weight_scale_inv`: one for the whole weight
-    MXFP8                  `weight_scale` of e8m0 bytes [out, in/32]
+    MXFP8                  either name, of e8m0 bytes [out, in/32]
 
 The block is what the config says (weight_block_size), 128 x 128 where it says nothing, and never inferred from
 shapes: 160 rows in 2 blocks are 128 + 32, not 80 + 80.
@@ -64,8 +64,11 @@ def _block(stored: StoredWeight) -> tuple[int, int]:
             return 1, columns
     block = stored.declared.block
     if block is None:
-        block = MX_BLOCK if suffix == "weight_scale" and entry.dtype in E8M0_SCALES else DEEPSEEK_BLOCK
+        is_mx = entry.dtype in E8M0_SCALES and entry.shape[:1] == (rows,)
+        block = MX_BLOCK if is_mx else DEEPSEEK_BLOCK
     expected = (-(-rows // block[0]), -(-columns // block[1]))
+    if entry.shape == (expected[0], 1, expected[1], 1):  # ModelOpt's, which multiply [rows, 128, columns, 128]
+        return block
     said = "the config's" if stored.declared.block else "the usual"
     stored.require_shape(suffix, expected, f", one scale to {said} {block[0]} x {block[1]} of {list(stored.shape)}")
     return block

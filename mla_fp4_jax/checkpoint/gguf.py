@@ -31,7 +31,7 @@ def _check(stored: StoredWeight) -> None:
     stored.require_shape("weight", (rows, columns // GROUP_SIZE * BLOCK_BYTES), why)
 
 
-def _parts(stored: StoredWeight, part: slice) -> tuple[np.ndarray, np.ndarray]:
+def _packed_rows(stored: StoredWeight, part: slice) -> tuple[np.ndarray, np.ndarray]:
     blocks = stored.read("weight")[part]
     blocks = blocks.reshape(blocks.shape[0], -1, BLOCK_BYTES)
     scales = np.ascontiguousarray(blocks[..., 0])
@@ -43,12 +43,11 @@ def _parts(stored: StoredWeight, part: slice) -> tuple[np.ndarray, np.ndarray]:
 
 def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> FP4Array:
     del dtype  # of dense weights; these stay packed
-    packed, scales = _parts(stored, slice(None))
-    return placement.packed(packed, scales, "mxfp4")
+    return placement.packed(*_packed_rows(stored, slice(None)), "mxfp4")
 
 
 def _rows(stored: StoredWeight, part: slice) -> np.ndarray:
-    return decode_mxfp4(*_parts(stored, part))
+    return decode_mxfp4(*_packed_rows(stored, part))
 
 
-READER = Reader("MXFP4 (GGUF blocks)", "mxfp4", _recognises, _check, _read, _rows)
+READER = Reader("MXFP4 (GGUF blocks)", "mxfp4", _recognises, _check, _read, _rows, _packed_rows)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mla_fp4_jax.checkpoint import torchao
-from mla_fp4_jax.checkpoint.names import is_activation_scale
+from mla_fp4_jax.checkpoint.names import is_activation_scale, module_and_suffix, tensors_of
+from mla_fp4_jax.checkpoint.nvfp4 import DIVIDES
 from mla_fp4_jax.checkpoint.plan import OpenCheckpoint, open_checkpoint, plan_layer
 from mla_fp4_jax.checkpoint.readers import find_reader
 from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight
@@ -26,11 +27,11 @@ EXACT, ROUNDED, DECODED, NOT_READ = (
 )
 
 
-def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def inspect_checkpoint(path: str | os.PathLike[str], *, nibble_order: str = "linear") -> dict[str, Any]:
     """Describe every attention layer of a checkpoint, in values that JSON can hold.
 
     Args:
-        path: as for load_mla_layer.
+        path, nibble_order: as for load_mla_layer.
 
     Returns:
         {"path", "model_type", "quant_method", "layers": [{"layer", "prefix", "loads", "problem", "weights":
@@ -41,7 +42,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: no checkpoint, or a config that cannot be read. What is wrong with a layer is reported.
     """
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(path, nibble_order)
     return {
         "path": str(opened.checkpoint.root),
         "model_type": opened.model.model_type,
@@ -51,72 +52,63 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _layer(opened: OpenCheckpoint, layer: int) -> dict[str, Any]:
+    about: dict[str, Any] = {"layer": layer, "prefix": None, "loads": False, "problem": None}
+    about |= {"weights": [], "unused": [], "notes": []}
     try:
+        about["prefix"], below = opened.names.find(layer)
+        about["unused"] = [below[rest] for rest in sorted(below) if is_activation_scale(rest)]
+        about["weights"] = [_weight(opened, field, below) for field in _fields(opened, below)]
         plan = plan_layer(opened, layer)
-        problem, unused, notes = None, list(plan.unused), list(plan.notes)
     except CheckpointError as error:
-        problem, notes = str(error), []
-        unused = []
+        return about | {"problem": str(error)}
+    found = [weight["problem"] for weight in about["weights"] if weight["problem"] is not None]
+    about |= {"unused": list(plan.unused), "notes": list(plan.notes)}
+    return about | {"loads": not found, "problem": found[0] if found else None}
+
+
+def _fields(opened: OpenCheckpoint, below: dict[str, str]) -> list[str]:
+    return [field for field in weight_shapes(opened.model.config) if tensors_of(*module_and_suffix(field)[:1], below)]
+
+
+def _weight(opened: OpenCheckpoint, field: str, below: dict[str, str]) -> dict[str, Any]:
+    about: dict[str, Any] = {"field": field}
+    about |= dict.fromkeys(("module", "format", "shape", "bytes", "declared"))
+    about |= {"excluded": False, "load": NOT_READ, "exact": False, "packed": False, "scales": None, "problem": None}
     try:
-        prefix, below = opened.names.find(layer)
-    except CheckpointError:
-        return {
-            "layer": layer,
-            "prefix": None,
-            "loads": False,
-            "problem": problem,
-            "weights": [],
-            "unused": [],
-            "notes": [],
+        stored = opened.stored(field, below)
+        if stored is None:
+            raise CheckpointError(f"{field} is missing.")
+        first = next(iter(stored.tensors.values()))
+        about |= {
+            "module": stored.name,
+            "shape": list(stored.shape),
+            "bytes": sum(entry.nbytes for entry in stored.tensors.values()),
+            "declared": stored.declared.format,
+            "excluded": stored.declared.excluded,
         }
-    weights = []
-    for field in weight_shapes(opened.model.config):
-        try:
-            stored = opened.stored(field, below)
-        except CheckpointError as error:
-            weights.append({"field": field, "problem": str(error)})
-            continue
-        if stored is not None:
-            weights.append(_weight(field, stored))
-    if problem is not None:
-        unused = [below[rest] for rest in sorted(below) if is_activation_scale(rest)]
-    found = [weight["problem"] for weight in weights if weight["problem"] is not None]
-    return {
-        "layer": layer,
-        "prefix": prefix,
-        "loads": problem is None and not found,
-        "problem": problem or (found[0] if found else None),
-        "weights": weights,
-        "unused": unused,
-        "notes": notes,
-    }
-
-
-def _weight(field: str, stored: StoredWeight) -> dict[str, Any]:
-    first = next(iter(stored.tensors.values()))
-    about: dict[str, Any] = {
-        "field": field,
-        "module": stored.name,
-        "format": None,
-        "shape": list(stored.shape),
-        "bytes": sum(entry.nbytes for entry in stored.tensors.values()),
-        "declared": stored.declared.format,
-        "excluded": stored.declared.excluded,
-        "load": NOT_READ,
-        "exact": False,
-        "packed": False,
-        "scales": None,
-        "problem": None,
-    }
-    try:
         reader = find_reader(stored)
         about["format"] = first.dtype if reader.format == "dense" else reader.name
         reader.check(stored)
         about["load"], about["exact"], about["packed"] = _treatment(reader, first.dtype)
         about["scales"] = _scales(stored)
+        _check_scales(stored, reader, about["scales"])
     except CheckpointError as error:
         about["problem"] = str(error)
     return about
+
+
+def _check_scales(stored: StoredWeight, reader: Reader, scales: dict[str, Any] | None) -> None:
+    """Raise what loading would raise of them."""
+    if scales is None:
+        return
+    suffix = stored.first(*SCALES)
+    if scales["nan"]:
+        raise stored.error(suffix, f"must be finite; {scales['nan']} of its {scales['count']} scales are NaN.")
+    if reader.format == "fp8" and scales["unit"] == "value" and scales.get("min", 0) < 0:
+        raise stored.error(suffix, f"must be finite and >= 0; got {scales['min']}.")
+    for second in SECOND_SCALES:
+        if second in stored.tensors:
+            stored.read_scalar(second, divides=second == DIVIDES)
 
 
 def _treatment(reader: Reader, dtype: str) -> tuple[str, bool, bool]:

@@ -74,6 +74,11 @@ def decode_mxfp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return (values * powers[..., None]).reshape(packed.shape[0], -1)
 
 
+def _packed_rows(stored: StoredWeight, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    codes, scale = _suffixes(stored)
+    return read_codes(stored, codes, part), check_e8m0(stored, scale, stored.read(scale)[part])
+
+
 def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> FP4Array:
     del dtype  # of dense weights; these stay packed
     codes, scale = _suffixes(stored)
@@ -84,8 +89,7 @@ def _read(stored: StoredWeight, dtype: DTypeLike, placement: Placement) -> FP4Ar
 
 
 def _rows(stored: StoredWeight, part: slice) -> np.ndarray:
-    codes, scale = _suffixes(stored)
-    return decode_mxfp4(read_codes(stored, codes, part), check_e8m0(stored, scale, stored.read(scale)[part]))
+    return decode_mxfp4(*_packed_rows(stored, part))
 
 
-READER = Reader("MXFP4", "mxfp4", _recognises, _check, _read, _rows)
+READER = Reader("MXFP4", "mxfp4", _recognises, _check, _read, _rows, _packed_rows)

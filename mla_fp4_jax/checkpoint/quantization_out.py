@@ -26,6 +26,7 @@ def converted_config(
     others: list[str],
     *,
     others_quantised: bool,
+    elsewhere: bool = False,
 ) -> tuple[dict[str, Any], str | None]:
     """A config that describes converted modules beside what was there before.
 
@@ -36,6 +37,7 @@ def converted_config(
         converted: modules that are MXFP4 now.
         others: every other module with a matrix.
         others_quantised: whether any of those is quantised, so that the source's own description has to stay.
+        elsewhere: whether ModelOpt's own file holds it, beside this config or instead.
 
     Returns:
         The config, and a remark where no other tool will understand all of it.
@@ -45,21 +47,32 @@ def converted_config(
     found = holder.get("quantization_config")
     if not converted:
         return result, None
-    if not found or not (others_quantised or found.get("quant_method") == method):
+    stays = others_quantised and (found or elsewhere)
+    if not stays and (not found or found.get("quant_method") != method):
         make = _new_quark if method == QUARK else _new_compressed_tensors
         holder["quantization_config"] = make(scale_rule, converted, others)
         return result, None
-    if found.get("quant_method") == method:
+    if found and found.get("quant_method") == method:
         (_add_to_quark if method == QUARK else _add_to_compressed_tensors)(found, scale_rule, converted, others)
         return result, None
-    _exclude(found, generalised(converted, others))
+    if found:
+        _exclude(found, generalised(converted, others))
     make = _new_quark if method == QUARK else _new_compressed_tensors
     holder[OWN_KEY] = make(scale_rule, converted, others)
     return result, (
-        f"other tensors keep their {found.get('quant_method')} quantisation, which a {method} config cannot "
-        f"describe: quantization_config lists the converted modules as excluded and {OWN_KEY} describes them; "
-        "this library reads both, other tools may not"
+        f"other tensors keep their {found.get('quant_method') if found else 'modelopt'} quantisation, which a "
+        f"{method} config cannot describe: {'quantization_config' if found else 'hf_quant_config.json'} lists the "
+        f"converted modules as excluded and {OWN_KEY} describes them; this library goes by the tensors, other tools "
+        "may not"
     )
+
+
+def excluding(hf_quant_config: Mapping[str, Any], converted: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
+    """ModelOpt's own file with converted modules among those that it leaves alone."""
+    result = copy.deepcopy(dict(hf_quant_config))
+    inner = result.get("quantization", result)
+    inner["exclude_modules"] = [*(inner.get("exclude_modules") or []), *generalised(converted, others)]
+    return result
 
 
 def _exclude(found: dict[str, Any], modules: list[str]) -> None:

@@ -25,6 +25,10 @@ _UNREAD: tuple[tuple[dict[str, tuple[str, ...]], str], ...] = (
     ({"weight_scale": ("F8_E4M3",), "weight": ("U8",)}, "NVFP4 without its weight_scale_2"),
     ({"weight_scale": ("F8_E4M3",), "weight_packed": ("U8",)}, "NVFP4 without its weight_global_scale"),
     ({"weight": ("F8_E4M3", "F8_E5M2")}, "FP8 without its scales"),
+    ({"weight.absmax": ("F32", "U8")}, "bitsandbytes' 4-bit floats"),
+    ({"SCB": ("F32",)}, "INT8 (bitsandbytes)"),
+    ({"W_q": ("U8", "I32")}, "HQQ's integers"),
+    ({"weight": ("I8",), "weight_scale": ("F32", "BF16", "F16")}, "INT8"),
     ({"weight_packed": ("I32",)}, "INT4 (compressed-tensors)"),
     ({"qweight": ("I32",)}, "INT4 (GPTQ or AWQ)"),
     ({"weight": ("U32",), "scales": ("U8",)}, "MLX's MXFP4"),
@@ -44,6 +48,10 @@ def find_reader(stored: StoredWeight) -> Reader:
     for reader in READERS:
         if reader.recognises(stored):
             check_declared(stored, reader)
+            if stored.gguf_nibbles and reader.packed and reader.packed_rows is None:
+                raise stored.error(
+                    next(iter(stored.tensors)), f"is {reader.name}, which GGUF's nibble order is not for."
+                )
             return reader
     listing = ", ".join(f"{suffix} {entry}" for suffix, entry in sorted(stored.tensors.items()))
     first = next(iter(stored.tensors.values()))

@@ -86,6 +86,8 @@ class Reader:
         check: raises CheckpointError where their shapes are not as they must be; reads headers only.
         read: the weight, placed: dense in the dtype given, packed ones as they are.
         rows: some rows' values as float32, on the host; reads no others. Of linears only.
+        packed_rows: some rows' codes [..., in/2], low nibble first, and e8m0 bytes; None where GGUF's nibble order
+            cannot be.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Reader:
     check: Callable[[StoredWeight], None]
     read: Callable[[StoredWeight, DTypeLike, Placement], Weight]
     rows: Callable[[StoredWeight, slice], np.ndarray]
+    packed_rows: Callable[[StoredWeight, slice], tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def packed(self) -> bool:

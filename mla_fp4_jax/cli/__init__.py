@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mla_fp4_jax.checkpoint.convert import RULES
+from mla_fp4_jax.checkpoint.plan import NIBBLE_ORDERS
 from mla_fp4_jax.checkpoint.quantization_out import METHODS
 from mla_fp4_jax.cli import processes
 from mla_fp4_jax.cli.convert import run_convert
@@ -115,6 +116,13 @@ def _make_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--no-layer-errors", dest="layer_errors", action="store_false", help="do not compare the layers' outputs"
     )
+    for command in (inspect, convert):
+        command.add_argument(
+            "--nibble-order",
+            choices=NIBBLE_ORDERS,
+            default="linear",
+            help="of packed codes: gguf where they lie as in GGUF's blocks, which no file tells (default linear)",
+        )
     for command in (demo, info, inspect, convert):
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser

@@ -17,7 +17,8 @@ from mla_fp4_jax.cli.text import human_bytes, percent, table
 
 def run_convert(args: argparse.Namespace) -> None:
     """Convert, then compare layers; see the command's help for its arguments."""
-    options = {"kv_b": args.kv_b, "linears": args.linears, "scale_rule": args.scale_rule, "config": args.config}
+    names = ("kv_b", "linears", "scale_rule", "config", "nibble_order")
+    options = {name: getattr(args, name) for name in names}
     conversion = plan_conversion(args.source, **options)
     with tqdm(total=conversion.nbytes, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
         report = convert_checkpoint(args.source, args.target, progress=bar.update, **options)

@@ -15,7 +15,7 @@ _SAME = ("field", "format", "shape", "bytes", "declared", "excluded", "load")
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Print it, layers that are alike together, or as JSON."""
-    found = inspect_checkpoint(args.path)
+    found = inspect_checkpoint(args.path, nibble_order=args.nibble_order)
     if args.json:
         print(json.dumps(found, indent=2))
         return
@@ -43,29 +43,29 @@ def _groups(layers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _key(layer: dict[str, Any]) -> Any:
-    weights = [[weight.get(key) for key in _SAME] for weight in layer["weights"]]
+    weights = [[weight[key] for key in _SAME] for weight in layer["weights"]]
     return layer["loads"], weights, len(layer["unused"]), layer["notes"]
 
 
 def _print_group(group: list[dict[str, Any]]) -> None:
     first, last = group[0], group[-1]
     numbers = f"Layer {first['layer']}" if len(group) == 1 else f"Layers {first['layer']} .. {last['layer']}"
-    total = sum(weight.get("bytes", 0) for layer in group for weight in layer["weights"])
+    total = sum(weight["bytes"] or 0 for layer in group for weight in layer["weights"])
     print(f"\n{numbers}, {human_bytes(total)}{'' if first['loads'] else ', DOES NOT LOAD'}")
     rows = [("projection", "shape", "format", "bytes", "scales", "config says", "loading")]
     for i, weight in enumerate(first["weights"]):
         alike = [layer["weights"][i] for layer in group]
-        shape = " x ".join(map(str, weight.get("shape", [])))
-        size = human_bytes(weight["bytes"]) if "bytes" in weight else "?"
+        shape = " x ".join(map(str, weight["shape"] or "?"))
+        size = "?" if weight["bytes"] is None else human_bytes(weight["bytes"])
         rows.append(
             (
                 weight["field"],
                 shape,
-                weight.get("format") or "?",
+                weight["format"] or "?",
                 size,
-                _scales([each.get("scales") for each in alike]),
+                _scales([each["scales"] for each in alike]),
                 _declared(weight),
-                weight.get("load", "not read"),
+                weight["load"],
             )
         )
     print(table(rows, right=(3,)))
@@ -86,16 +86,23 @@ def _print_kv_b(layers: list[dict[str, Any]]) -> None:
 
 
 def _declared(weight: dict[str, Any]) -> str:
-    if weight.get("excluded"):
-        return "excluded"
-    return weight.get("declared") or "-"
+    return "excluded" if weight["excluded"] else weight["declared"] or "-"
 
 
 def _scales(found: list[dict[str, Any] | None]) -> str:
     known = [scales for scales in found if scales is not None and "min" in scales]
     if not known:
         return "-"
-    low, high = min(s["min"] for s in known), max(s["max"] for s in known)
+    whole = [_whole(scales) for scales in known]  # what the scales are themselves scaled by
+    low = min(s["min"] * w for s, w in zip(known, whole, strict=True))
+    high = max(s["max"] * w for s, w in zip(known, whole, strict=True))
     text = f"2^{low} .. 2^{high}" if known[0]["unit"] == "log2" else f"{low:.3g} .. {high:.3g}"
     bad = sum(scales["nan"] for scales in known)
     return text + (f", {bad} NaN" if bad else "")
+
+
+def _whole(scales: dict[str, Any]) -> float:
+    divisor = scales.get("weight_global_scale")
+    if divisor is not None:
+        return 1 / divisor if divisor else float("nan")
+    return next((scales[key] for key in ("weight_scale_2", "_weight_per_tensor_scale") if key in scales), 1)
