@@ -61,6 +61,26 @@ def member(port: int, process: int, number: int = 2) -> list[str]:
     return ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(number), "--process-id", str(process)]
 
 
+def test_readmes_command_runs_as_written():
+    section = (ROOT / "README.md").read_text().split("\n## Many devices\n")[1]
+    (command,) = re.findall(r"^```sh\n(.*?)^```$", section.split("\n## ")[0], re.M | re.S)
+    assert ":12345 " in command
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    run = subprocess.run(
+        ["bash", "-c", command.replace(":12345 ", f":{free_port()} ")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.stdout.count("Error of the output against a float64 oracle") == 1, run.stderr
+    assert "2 x cpu in 2 processes (heads over 2, batch over 1, context over 1)" in run.stdout
+
+
 @pytest.mark.parametrize("layout", [("--data-parallel", "2"), ("--context-parallel", "2", "--page-size", "16")])
 def test_the_demo_runs_as_two_processes(layout):
     """Four devices, two to a process: the axis that is not named splits heads."""

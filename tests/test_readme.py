@@ -46,7 +46,7 @@ def section(title: str) -> str:
 
 def test_the_examples_run_in_order():
     examples = blocks("python")
-    assert len(examples) == 2
+    assert len(examples) == 3
     namespace: dict = {}
     for example in examples:
         exec(compile(example, "README.md", "exec"), namespace)
@@ -60,13 +60,13 @@ def test_the_example_is_short():
 
 
 def test_the_test_command_is_the_one_ci_runs():
-    _, test = (block.strip() for block in blocks("sh"))
+    _, test, _ = (block.strip() for block in blocks("sh"))
     assert test in (ROOT / ".ci" / "run").read_text().splitlines()
     assert "pytest" in test and "\n" not in test
 
 
 def test_the_run_command_is_the_installed_script():
-    run, _ = (block.strip() for block in blocks("sh"))
+    run, _, _ = (block.strip() for block in blocks("sh"))
     assert run.endswith("/mla-fp4 demo") and "\n" not in run
     assert PYPROJECT["project"]["scripts"] == {"mla-fp4": f"{main.__module__}:{main.__name__}"}
 
@@ -97,7 +97,9 @@ def test_options_and_extras_that_are_named_exist(capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     shown = capsys.readouterr().out
-    options = set(re.findall(r" (--[a-z-]+)", section("Example") + README.split("## Example")[0]))
+    options = set(
+        re.findall(r" (--[a-z-]+)", section("Example") + section("Many devices") + README.split("## Example")[0])
+    )
     assert options and all(option in shown for option in options)
 
 
