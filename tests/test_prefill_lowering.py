@@ -60,9 +60,20 @@ def test_the_triton_kernel_lowers(platform, dtype, sizes):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("capacity", "page", "kinds"), [(512, 0, 1), (4096, 0, 2), (4096, 64, 2)])
-def test_the_mosaic_kernel_lowers(capacity, page, kinds):
-    text = lowered("cuda", operands(2, 300, 4, capacity, page), implementation="mosaic_gpu")
+@pytest.mark.parametrize(
+    ("tokens", "capacity", "page", "kinds"),
+    [
+        (300, 512, 0, 1),
+        (300, 4096, 0, 2),
+        (300, 4096, 64, 2),
+        (1, 1, 0, 1),
+        (5, 3, 0, 1),
+        (128, 128, 0, 1),
+        (2, 64, 64, 1),
+    ],
+)
+def test_the_mosaic_kernel_lowers(tokens, capacity, page, kinds):
+    text = lowered("cuda", operands(2, tokens, 4, capacity, page), implementation="mosaic_gpu")
     assert text.count("custom_call @mosaic_gpu") >= kinds
 
 
