@@ -18,7 +18,7 @@ class _Calls:
     def __call__(self):
         for _ in range(self.calls):
             self.state = self.run(self.state, self.weights)
-        return jax.tree.leaves(self.state)[0] + 0
+        return jax.tree.leaves(self.state)[0]
 
     def trace(self):
         raise NotImplementedError
@@ -33,8 +33,8 @@ def kernels(run, state, weights, calls: int = 6):
     again = _Calls(run, state, weights, calls)
     _, seen = profiler.measure(again, aggregate=False)()
     seen = [(kernel, 1e3 * ms) for kernel, ms in seen or ()]
-    per_call = len(seen) // calls  # what is left over is the copy of the result
-    if not per_call or len(seen) - per_call * calls > 1:
+    per_call, rest = divmod(len(seen), calls)
+    if rest or not per_call:
         raise RuntimeError(f"every call must launch as many kernels; got {len(seen)} for {calls}.")
     by_kernel = zip(*(seen[i * per_call : (i + 1) * per_call] for i in range(calls)), strict=True)
     return [(each[0][0][:60], round(statistics.median(us for _, us in each), 3)) for each in by_kernel], again.state

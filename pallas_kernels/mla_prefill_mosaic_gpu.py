@@ -8,8 +8,9 @@ in blocks, on a ring of slots whose keys and values have barriers of their own. 
 
     S = q_nope K' + q_rope k_rope';  P = exp2(c S - m);  O = O * exp2(m_before - m) + P V
 
-With a schedule two warpgroups take turns: one's softmax runs under the other's products. Programs of one head follow
-each other, so that its keys and values come from L2, longest first.
+Three warpgroups keep the tensor cores busy under each other's softmax: on an H100 544 TFLOP/s at 4096 tokens of 128
+heads, where two that take turns in steps of 128 keys reach 439. Programs of one head follow each other, so that its
+keys and values come from L2, longest first.
 
 What a row sees is a number of keys, `visible`: causal order, a cached context before the chunk, ragged lengths and
 padding are all that. Blocks that all rows of a warpgroup see whole are not masked.
@@ -42,13 +43,13 @@ class Config:
         warpgroups: that compute, 2 or 3, 64 rows each.
         block_keys: keys a step.
         slots: steps whose keys and values are on chip at once.
-        schedule: two warpgroups take turns on the tensor cores.
+        schedule: two warpgroups take turns on the tensor cores; three need no order.
     """
 
-    warpgroups: int = 2
-    block_keys: int = 128
-    slots: int = 2
-    schedule: bool = True
+    warpgroups: int = 3
+    block_keys: int = 64
+    slots: int = 3
+    schedule: bool = False
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -176,12 +177,11 @@ def _load(config, refs, shared, steps):
         at = pl.ds(i * config.block_keys, config.block_keys)
         plgpu.copy_gmem_to_smem(refs.kv.at[b, at, h, pl.ds(P, V)], shared["v"].at[slot], shared["v_full"].at[slot])
 
-    for slot in range(config.slots):
+    def fill(i, _):
+        keys(i, i)
+        values(i, i)
 
-        @pl.when(slot < steps)
-        def _(slot=slot):
-            keys(slot, slot)
-            values(slot, slot)
+    lax.fori_loop(0, jnp.minimum(steps, config.slots), fill, None)
 
     def refill(i, _):
         slot = lax.rem(i, jnp.int32(config.slots))

@@ -74,15 +74,16 @@ def build(case: Case, rng: np.random.Generator) -> Built:
 
 def _exact(c, q, entries, kv_b, visible, rounded):
     # Keys and values are rounded to the compute dtype once, as the library's up-projection does.
-    expanded = rounded(np.einsum("bsl,hnl->bshn", entries[..., : c.L], kv_b))
-    scores = np.einsum("bthp,bshp->bths", q[..., : c.P], expanded[..., : c.P])
-    scores += np.einsum("bthr,bsr->bths", q[..., c.P :], entries[..., c.L :])
+    expanded = rounded(np.einsum("bsl,hnl->bshn", entries[..., : c.L], kv_b, optimize=True))
+    scores = np.einsum("bthp,bshp->bths", q[..., : c.P], expanded[..., : c.P], optimize=True)
+    scores += np.einsum("bthr,bsr->bths", q[..., c.P :], entries[..., c.L :], optimize=True)
     seen = np.arange(entries.shape[1]) < visible[..., None]
     scores = np.where(seen[:, :, None], scores * SCALE, -np.inf)
     highest = np.where(visible > 0, scores.max((2, 3)), 0.0)[..., None, None]
     p = np.exp(scores - highest)
     total = p.sum(-1)
-    out = np.einsum("bths,bshv->bthv", p / np.maximum(total, 1e-300)[..., None], expanded[..., c.P :])
+    p /= np.maximum(total, 1e-300)[..., None]
+    out = np.einsum("bths,bshv->bthv", p, expanded[..., c.P :], optimize=True)
     with np.errstate(divide="ignore"):
         return out, np.log(total) + highest[..., 0]
 

@@ -60,9 +60,20 @@ def test_the_triton_kernel_lowers(platform, dtype, sizes):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("capacity", "page", "kinds"), [(512, 0, 1), (4096, 0, 2), (4096, 64, 2)])
-def test_the_mosaic_kernel_lowers(capacity, page, kinds):
-    text = lowered("cuda", operands(2, 300, 4, capacity, page), implementation="mosaic_gpu")
+@pytest.mark.parametrize(
+    ("tokens", "capacity", "page", "kinds"),
+    [
+        (300, 512, 0, 1),
+        (300, 4096, 0, 2),
+        (300, 4096, 64, 2),
+        (1, 1, 0, 1),
+        (5, 3, 0, 1),
+        (128, 128, 0, 1),
+        (2, 64, 64, 1),
+    ],
+)
+def test_the_mosaic_kernel_lowers(tokens, capacity, page, kinds):
+    text = lowered("cuda", operands(2, tokens, 4, capacity, page), implementation="mosaic_gpu")
     assert text.count("custom_call @mosaic_gpu") >= kinds
 
 
@@ -79,23 +90,20 @@ def test_the_mosaic_kernel_says_what_it_lacks(changes, text):
 
 
 def test_what_is_chosen_follows_confirmation_and_device(monkeypatch):
-    args, module = operands(1, 64, 4, 512), sys.modules["mla_fp4_jax.ops.mla_prefill"]
+    module = sys.modules["mla_fp4_jax.ops.mla_prefill"]
     kernels = {"mosaic_gpu": "@mosaic_gpu", "triton": "__gpu$xla.gpu.triton"}
-    for unconfirmed in (("mosaic_gpu", "triton"), ("mosaic_gpu",), ("triton",), ()):
-        monkeypatch.setattr(module, "_UNCONFIRMED", unconfirmed)
-        for platform in GPUS:
-            can = [
-                name
-                for name in kernels
-                if name not in unconfirmed
-                and (name == "triton" or (platform == "cuda" and jax.__version_info__ >= (0, 11)))
-            ]
+    v3, other = operands(1, 64, 4, 512), operands(1, 64, 4, 512, sizes=(64, 64, 128))
+    names = [name for name in kernels if name == "triton" or jax.__version_info__ >= (0, 11)]
+    for confirmed in ((), ("triton",), ("mosaic_gpu",), ("mosaic_gpu", "triton")):
+        monkeypatch.setattr(module, "_CONFIRMED", dict.fromkeys(confirmed, {("bfloat16", 128, 64, 128)}))
+        expected = [name for name in names if name in confirmed][:1]
+        for platform, args, chosen in (("cuda", v3, expected), ("cuda", other, []), ("rocm", v3, [])):
             text = lowered(platform, args)
-            assert [name for name, call in kernels.items() if call in text] == can[:1]
+            assert [name for name, call in kernels.items() if call in text] == chosen
 
 
-def shapes(args):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
+def test_triton_is_chosen_at_deepseek_v3s_shapes():
+    assert "__gpu$xla.gpu.triton" in lowered("cuda", operands(1, 4096, 128, 4096))
 
 
 @pytest.mark.aot

@@ -21,8 +21,10 @@ from pallas_kernels import mla_prefill_triton as triton
 EXPANDED_ELEMENTS = 1 << 29
 # Fewer keys at a time than this are not worth a merge.
 LEAST_KEYS = 2048
-# None does not take these: their present code has not passed tests/test_prefill_gpu.py on a GPU.
-_UNCONFIRMED = (MOSAIC, TRITON)
+# By implementation, the (dtype, P, R, V) at which a GPU has confirmed its present code: None takes it only there. The
+# Mosaic kernel was right, and faster than cuDNN's padded attention, on an H100 (bench/results) before its last changes:
+# the first loads of its ring, and three warpgroups by default. Add it once tests/test_prefill_gpu.py has passed.
+_CONFIRMED: dict[str, set[tuple[str, int, int, int]]] = {TRITON: {("bfloat16", 128, 64, 128)}}
 
 Expand = Callable[[Float[Array, "B K L"]], Float[Array, "B K H PV"]]
 
@@ -198,12 +200,20 @@ def _choose(q, cache, kv_shape, v_head_dim, implementation) -> tuple[str, str]:
     reasons = []
     for name in implementations.PREFERENCE:
         reason = _why_not(name, q, cache, kv_shape, v_head_dim)
-        if reason is None and name in _UNCONFIRMED:
-            reason = "its present code awaits a run of its tests on a GPU; name it to use it."
+        if reason is None and name != XLA and not _confirmed(name, q, kv_shape, v_head_dim):
+            reason = "on such operands its present code awaits a run of its tests on a GPU; name it to use it."
         if reason is None:
             return name, "; ".join(reasons)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla runs everywhere")
+
+
+def _confirmed(name: str, q: Array, kv_shape: tuple[int, ...], v_head_dim: int) -> bool:
+    """Whether a GPU of this kind has confirmed an implementation on such operands; ROCm has confirmed none."""
+    nope = kv_shape[3] - v_head_dim
+    operands = (jnp.dtype(q.dtype).name, nope, q.shape[3] - nope, v_head_dim)
+    gpu = implementations.target_gpu()
+    return operands in _CONFIRMED.get(name, set()) and gpu is not None and gpu.platform == "cuda"
 
 
 def _why_not(name: str, q: Array, cache: Cache, kv_shape: tuple[int, ...], v_head_dim: int) -> str | None:
