@@ -45,13 +45,16 @@ def lowered(platform, *args, **static):
 
 
 @pytest.mark.parametrize("platform", GPUS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "float8_e4m3fn")],
+)
 @pytest.mark.parametrize(
     ("tokens", "heads", "page", "rank", "rope"),
     [(1, 128, 64, 512, 64), (1, 16, 16, 512, 64), (3, 20, 0, 256, 32), (8, 8, 1, 128, 0), (1, 32, 128, 512, 64)],
 )
-def test_the_triton_kernel_lowers(platform, dtype, tokens, heads, page, rank, rope):
-    args = operands(2, tokens, heads, 2048, page, rank, rope, jnp.dtype(dtype))
+def test_the_triton_kernel_lowers(platform, dtype, cache_dtype, tokens, heads, page, rank, rope):
+    args = operands(2, tokens, heads, 2048, page, rank, rope, jnp.dtype(dtype), cache_dtype)
     for split_size in (256, 2048):
         text = lowered(platform, *args, implementation="triton", split_size=split_size)
         calls = text.count("custom_call @__gpu$xla.gpu.triton")
@@ -69,8 +72,9 @@ def test_the_mosaic_kernel_lowers(config):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU needs jax 0.11")
-def test_the_mosaic_kernel_is_chosen_where_it_can_run():
-    args = operands(2, 1, 16, 2048, 64)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_the_mosaic_kernel_is_chosen_where_it_can_run(cache_dtype):
+    args = operands(2, 1, 16, 2048, 64, cache_dtype=cache_dtype)
     assert "mosaic_gpu" in lowered("cuda", *args)
     assert "xla.gpu.triton" in lowered("rocm", *args)
     assert "mosaic_gpu" not in lowered("rocm", *args)
