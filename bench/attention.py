@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +54,7 @@ SHAPES: tuple[Shape, ...] = (  # heads, sequences, keys: what matters most first
     (16, 1, 65536),
     *((128, batch, keys) for keys in (4096, 16384) for batch in (1, 8)),
 )
+_ONE_LOWERS = threading.Lock()
 NAMES = ("mosaic_gpu", "triton", "xla")
 
 
@@ -67,31 +70,36 @@ def operands(shape: Shape, page: int, dtype: str) -> tuple[jax.Array, PagedLaten
     return q, cache, jnp.full((batch, 1), keys, jnp.int32)
 
 
+def sample(q: jax.Array, cache: PagedLatentCache) -> tuple[jax.Array, jax.Array]:
+    """Eight heads' queries and all keys of the first and the last sequence, for `reference`."""
+    ends = jnp.array([0, q.shape[0] - 1])
+    keys = cache.pages[cache.page_table[ends]].astype(jnp.float32)
+    return q[ends, 0][:, some_heads(q)].astype(jnp.float32), keys.reshape(2, -1, L + R)
+
+
+def made(shape: Shape, page: int, dtype: str):
+    """The operands and their sample."""
+    args = operands(shape, page, dtype)
+    return args, sample(*args[:2])
+
+
 def attention(q: jax.Array, cache: PagedLatentCache, visible: jax.Array, *, name: str) -> jax.Array:
     """The call that is timed."""
     return mla_decode(q, cache, visible, scale=SCALE, implementation=name)
 
 
-def reference(q: jax.Array, cache: PagedLatentCache) -> dict[int, np.ndarray]:
-    """By sequence, the first and the last, eight heads' exact output in float64."""
-    exact = {}
-    for b in {0, q.shape[0] - 1}:
-        pages = np.asarray(cache.pages[cache.page_table[b]].astype(jnp.float32))
-        keys = pages.astype(np.float64).reshape(-1, L + R)
-        scores = np.asarray(q[b, 0, some_heads(q)].astype(jnp.float32), np.float64) @ keys.T * SCALE
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        exact[b] = p @ keys[:, :L] / p.sum(-1, keepdims=True)
-    return exact
+def reference(q: jax.Array, keys: jax.Array) -> np.ndarray:
+    """The exact output of a sample, float64 [2, 8, L]."""
+    queries, entries = np.asarray(q, np.float64), np.asarray(keys, np.float64)
+    scores = queries @ entries.transpose(0, 2, 1) * SCALE
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p @ entries[..., :L] / p.sum(-1, keepdims=True)
 
 
-def relative_error(out: jax.Array, exact: dict[int, np.ndarray]) -> float:
+def relative_error(out: jax.Array, exact: np.ndarray) -> float:
     """Of the 2-norm of what `reference` has."""
-    difference = total = 0.0
-    for b, rows in exact.items():
-        got = np.asarray(out[b, 0, some_heads(out)].astype(jnp.float32), np.float64)
-        difference += np.sum((got - rows) ** 2)
-        total += np.sum(rows**2)
-    return float(np.sqrt(difference / total))
+    got = np.asarray(out[np.array([0, out.shape[0] - 1]), 0].astype(jnp.float32), np.float64)[:, some_heads(out)]
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
 def some_heads(x: jax.Array) -> np.ndarray:
@@ -99,7 +107,7 @@ def some_heads(x: jax.Array) -> np.ndarray:
     return np.linspace(0, x.shape[2] - 1, 8).astype(int)
 
 
-def measure(compiled, shape: Shape, args: tuple, exact: dict[int, np.ndarray], dtype: str) -> dict[str, object]:
+def measure(compiled, shape: Shape, args: tuple, exact: np.ndarray, dtype: str) -> dict[str, object]:
     """The figures of a row, gate first."""
     error = relative_error(compiled(*args), exact)
     if not error <= GATE:
@@ -124,15 +132,26 @@ def measure(compiled, shape: Shape, args: tuple, exact: dict[int, np.ndarray], d
     }
 
 
-def compile_all(names, shapes, page: int, dtype: str, pool: ThreadPoolExecutor) -> dict[tuple[str, Shape], Future]:
-    """Programs that are being compiled; lowering is Python, compiling runs side by side."""
+def compile_all(names, shapes, page: int, caches, pool: ThreadPoolExecutor) -> dict[tuple[str, str, Shape], Future]:
+    """Programs that are being compiled, "made" among them, in the order of the table."""
     programs = {}
-    for name in names:
+    for dtype in caches:
         for shape in shapes:
-            args = jax.eval_shape(functools.partial(operands, shape, page, dtype))
-            lower = functools.partial(jax.jit(functools.partial(attention, name=name)).lower, *args)
-            programs[name, shape] = pool.submit(lambda lower=lower: lower().compile())
+            for name in names:
+                make = functools.partial(made if name == "made" else operands, shape, page, dtype)
+                function, args = make, ()
+                if name != "made":
+                    function, args = functools.partial(attention, name=name), jax.eval_shape(make)
+                lower = functools.partial(jax.jit(function).lower, *args)
+                # Lowering is Python: several at once would only make the first ones late.
+                programs[name, dtype, shape] = pool.submit(_lower_and_compile, lower)
     return programs
+
+
+def _lower_and_compile(lower):
+    with _ONE_LOWERS:
+        lowered = lower()
+    return lowered.compile()
 
 
 def start_flashmla(shapes) -> subprocess.Popen | None:
@@ -163,7 +182,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
     parser.add_argument("--page", type=int, default=64, help="page size")
-    parser.add_argument("--cache", default="bfloat16", help="the cache's dtype")
+    parser.add_argument("--cache", default="bfloat16", help="dtypes of the cache, separated by commas")
     parser.add_argument("--names", default=",".join(NAMES), help="implementations, separated by commas")
     parser.add_argument("--shapes", help="heads x sequences x keys, as 128x32x4096,16x64x16384")
     parser.add_argument("--no-flashmla", action="store_true", help="leave FlashMLA out")
@@ -191,31 +210,32 @@ def main() -> None:
     add(*({"name": name, "error": why} for name in names if (why := implementations.why_not(name))))
     names = [name for name in names if implementations.why_not(name) is None]
     kernels = [name for name in names if name != implementations.XLA]
+    caches = args.cache.split(",")
     flashmla = None if args.no_flashmla else start_flashmla(shapes)
-    with ThreadPoolExecutor(8) as pool:
-        programs = compile_all(kernels, shapes, args.page, args.cache, pool)
+    with ThreadPoolExecutor(12) as pool:
+        programs = compile_all(["made", *kernels], shapes, args.page, caches, pool)
         if flashmla is not None:
             add(*flashmla_rows(flashmla, left() / 2))
         # XLA's products are tuned by timing them, so these wait for FlashMLA; and they come last.
         for group in (kernels, [name for name in names if name == implementations.XLA]):
-            for shape in shapes:
+            for dtype, shape in itertools.product(caches, shapes) if group else ():
                 where = {**dict(zip(("heads", "batch", "keys"), shape, strict=True)), "page": args.page}
-                where["cache"] = args.cache
+                where["cache"] = dtype
                 if left() < 0:
                     add(*({"name": name, **where, "error": "out of time"} for name in group))
                     continue
-                if not group:
-                    continue
-                call = jax.jit(operands, static_argnums=(0, 1, 2))(shape, args.page, args.cache)
-                exact = reference(call[0], call[1])
+                call, few = programs["made", dtype, shape].result()()
+                exact = reference(*few)
                 for name in group:
-                    if (name, shape) not in programs:
-                        programs |= compile_all([name], [shape], args.page, args.cache, pool)
+                    if (name, dtype, shape) not in programs:
+                        programs |= compile_all([name], [shape], args.page, [dtype], pool)
                     try:
-                        row = measure(programs[name, shape].result(), shape, call, exact, args.cache)
+                        row = measure(programs[name, dtype, shape].result(), shape, call, exact, dtype)
                     except Exception as error:  # one failure must not hide the other rows
                         row = {"error": f"{type(error).__name__}: {error}"[:500]}
                     add({"name": name, **where, **row})
+        for program in programs.values():
+            program.cancel()
     print(f"{'':12}{'heads':>6}{'B':>5}{'S':>7}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}")
     for row in rows:
         place = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("heads", 6), ("batch", 5), ("keys", 7)))

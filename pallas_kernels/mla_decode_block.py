@@ -9,7 +9,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import TILED, plgpu
+from pallas_kernels.mosaic import TILED, TILED_F32, plgpu
 
 L, R = 512, 64
 ROWS = 64  # query rows a block
@@ -19,8 +19,10 @@ TILES = (L + R) // 64  # of a slot; the last is the rope's
 # A block starts with 168 a thread, and waits for ever where it asks for more in all: 2 * 224 + 56 = 3 * 168.
 # With 232 and 40 the loading warp spills.
 COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 56
-# 2 * 192 + 120 likewise: an e4m3 cache passes through the loading warpgroup's registers.
-E4M3_COMPUTE_REGISTERS, E4M3_LOADER_REGISTERS = 192, 120
+# 2 * 200 + 104 likewise: an e4m3 cache passes through the loading warpgroup's registers. With 192 for those that
+# compute, ptxas serialises their products.
+E4M3_COMPUTE_REGISTERS, E4M3_LOADER_REGISTERS = 200, 104
+E4M3_Q_EXPONENT = -4  # queries are f16 times 2^-4 beside an e4m3 cache: up to 2^20, multiples of 2^-20
 LOG2_E = math.log2(math.e)
 # The reference follows the maximum when it has grown by this many powers of 2: P stays below 2^8, far inside bf16.
 SLACK = 8.0
@@ -58,6 +60,16 @@ class Problem:
         return 2 if self.blocks % 2 == 0 and not self.e4m3 else 1
 
     @property
+    def kind(self) -> str:
+        """The products' operands."""
+        return "f16" if self.e4m3 else "bf16"
+
+    @property
+    def score_scale(self) -> float:
+        """What turns a product's result into a power of 2's exponent."""
+        return self.scale * LOG2_E * (2.0**-E4M3_Q_EXPONENT if self.e4m3 else 1.0)
+
+    @property
     def splits(self) -> int:
         """Splits of a sequence that fills the capacity."""
         return max(1, -(-self.capacity // self.split_size))
@@ -87,7 +99,11 @@ def shared_memory(problem: Problem) -> dict:
         q_left=tile((ROWS, L // 2)),
         q_right=tile((ROWS, L // 2)),
         q_rope=tile((ROWS, R)),
-        latent=tile((2, TILES - 1, KEYS, 64)),
+        # The values, and then, where there are splits, the output on its way out: the same 128 KB.
+        latent_or_out=plgpu.RefUnion(
+            tile((2, TILES - 1, KEYS, 64)),
+            plgpu.SMEM((2, ROWS, L // 2), jnp.float32, transforms=TILED_F32),
+        ),
         rope=tile((2, KEYS, R)),  # then P
         m_even=plgpu.SMEM((ROWS,), jnp.float32),
         m_odd=plgpu.SMEM((ROWS,), jnp.float32),
@@ -100,6 +116,8 @@ def shared_memory(problem: Problem) -> dict:
         handed=plgpu.Barrier(num_barriers=2),  # P of the slot is out
         both=plgpu.Barrier(num_arrivals=2),
     )
+    if problem.e4m3:
+        scratch["loader_zero"] = plgpu.SMEM((128,), jnp.int32)
     if shared:
         scratch["finished"] = cluster_barrier(num_arrivals=2)
     return scratch
@@ -116,7 +134,8 @@ class Block:
     """
 
     def __init__(self, problem, q_ref, kv_ref, table_ref, visible_ref, length_ref, out_ref, lse_ref, scratch):
-        self.problem, self.shared = problem, scratch
+        latent, out = scratch.pop("latent_or_out")
+        self.problem, self.shared = problem, scratch | {"latent": latent, "out": out}
         self.q_ref, self.kv_ref, self.table_ref = q_ref, kv_ref, table_ref
         self.out_ref, self.lse_ref = out_ref, lse_ref
         self.b, self.split = lax.axis_index("b"), lax.axis_index("s")

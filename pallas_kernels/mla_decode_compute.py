@@ -9,10 +9,10 @@ from jax import lax
 
 from pallas_kernels import shared_memory, wgmma
 from pallas_kernels.backend import pl
-from pallas_kernels.global_memory import store_rows
 from pallas_kernels.mla_decode_block import (
     COMPUTE_REGISTERS,
     E4M3_COMPUTE_REGISTERS,
+    E4M3_Q_EXPONENT,
     KEYS,
     LOG2_E,
     LOWEST,
@@ -21,8 +21,11 @@ from pallas_kernels.mla_decode_block import (
     TILES,
     Block,
     L,
+    R,
 )
 from pallas_kernels.mosaic import ROW, WGMMA, load_array, plgpu
+
+SOME_ROWS = 16  # stored by one copy, or not at all
 
 
 def compute(block: Block, w: int) -> None:
@@ -32,6 +35,12 @@ def compute(block: Block, w: int) -> None:
     s["zero"][...] = plgpu.layout_cast(jnp.full((128,), 0, jnp.int32), plgpu.Layout.WG_STRIDED((128,), vec_size=1))
     plgpu.commit_smem()
     plgpu.barrier_wait(s["q_full"])
+    if block.problem.e4m3:
+        half = s["q_right" if w else "q_left"]
+        shared_memory.bf16_to_f16(half, 0, ROWS * L, E4M3_Q_EXPONENT)
+        shared_memory.bf16_to_f16(s["q_rope"], w * ROWS * R, ROWS * R, E4M3_Q_EXPONENT)
+        plgpu.commit_smem()
+        _meet(block)
     step = functools.partial((_even, _odd)[w], block)
     start = (wgmma.zeros(L // 2), _row(LOWEST), _row(0.0))
     acc, m, total = lax.fori_loop(0, block.steps, step, start)
@@ -48,12 +57,12 @@ def _even(block, i, carry):
     zero = shared_memory.read_word(block.shared["zero"])
     scores = _scores(block, 0, i, zero)
     new_m, p = _numerators(block, scores, m)
-    p16 = p.astype(jnp.bfloat16)
+    p16 = p.astype(jnp.float16 if block.problem.e4m3 else jnp.bfloat16)
     _hand_over(block, 0, block.shared["m_even"], new_m, p16)
     kept = jnp.exp2(m - new_m)
     acc = wgmma.rescale(acc, kept)
     _clear(block, 0, 0, i)
-    acc = wgmma.attend(acc, _values(block, 0, 0), zero, p=p16)
+    acc = wgmma.attend(acc, _values(block, 0, 0), zero, p=p16, kind=block.problem.kind)
     total = total * kept + p.sum(axis=1)
     acc = _release(block, acc, 0, 0)
 
@@ -62,7 +71,7 @@ def _even(block, i, carry):
     kept = jnp.exp2(new_m - m_odd)
     acc = wgmma.rescale(acc, kept)
     _clear(block, 1, 0, i)
-    acc = wgmma.attend(acc, _values(block, 1, 0), zero, p_ref=block.shared["rope"].at[1])
+    acc = wgmma.attend(acc, _values(block, 1, 0), zero, p_ref=block.shared["rope"].at[1], kind=block.problem.kind)
     acc = _release(block, acc, 1, 0)
     return acc, m_odd, total * kept
 
@@ -77,32 +86,32 @@ def _odd(block, i, carry):
     kept = jnp.exp2(m - m_even)
     acc = wgmma.rescale(acc, kept)
     _clear(block, 0, 1, i)
-    acc = wgmma.attend(acc, _values(block, 0, 1), zero, p_ref=block.shared["rope"].at[0])
+    acc = wgmma.attend(acc, _values(block, 0, 1), zero, p_ref=block.shared["rope"].at[0], kind=block.problem.kind)
 
     new_m, p = _numerators(block, scores, m_even)  # runs under that product
-    p16 = p.astype(jnp.bfloat16)
+    p16 = p.astype(jnp.float16 if block.problem.e4m3 else jnp.bfloat16)
     _hand_over(block, 1, block.shared["m_odd"], new_m, p16)
     acc = _release(block, acc, 0, 1)
     kept_odd = jnp.exp2(m_even - new_m)
     total = total * (kept * kept_odd) + p.sum(axis=1)
     acc = wgmma.rescale(acc, kept_odd)
     _clear(block, 1, 1, i)
-    acc = wgmma.attend(acc, _values(block, 1, 1), zero, p=p16)
+    acc = wgmma.attend(acc, _values(block, 1, 1), zero, p=p16, kind=block.problem.kind)
     acc = _release(block, acc, 1, 1)
     return acc, new_m, total
 
 
 def _scores(block, slot, i, zero):
     """The step's scores [64, 64] of a slot, -inf where a row does not see a key."""
-    acc = None
+    acc, kind = None, block.problem.kind
     # In the order in which the tiles are asked for.
     for tile in range(TILES):
         plgpu.barrier_wait(block.shared["full"].at[slot * TILES + tile])
         if tile == TILES - 1:
-            acc = wgmma.scores(block.queries[2], block.shared["rope"].at[slot], zero, acc)
+            acc = wgmma.scores(block.queries[2], block.shared["rope"].at[slot], zero, acc, kind=kind)
         else:
             keys = block.shared["latent"].at[slot, tile]
-            acc = wgmma.scores(block.queries[tile // 4], keys, zero, acc, q_tile=tile % 4, q_tiles=4)
+            acc = wgmma.scores(block.queries[tile // 4], keys, zero, acc, q_tile=tile % 4, q_tiles=4, kind=kind)
     scores = wgmma.values(wgmma.wait(acc))
     first, present = _tile_set(block, slot, i)
     whole = (first + KEYS <= block.least) & (present == block.problem.all_present)
@@ -141,7 +150,7 @@ def _row_visible(block):
 
 def _numerators(block, scores, m):
     """The new reference, and 2^(score - reference), scores in powers of 2."""
-    c = block.problem.scale * LOG2_E
+    c = block.problem.score_scale
     highest = scores.max(axis=1) * c
     new_m = jnp.where(highest - m > SLACK, highest, m)
     return new_m, jnp.exp2(scores * c - _columns(new_m, KEYS))
@@ -149,7 +158,8 @@ def _numerators(block, scores, m):
 
 def _hand_over(block, slot, m_ref, m, p16):
     m_ref[...] = m
-    block.shared["rope"][slot] = p16
+    # The tile's dtype is a name: what reads it is told the kind.
+    block.shared["rope"][slot] = lax.bitcast_convert_type(p16, jnp.bfloat16) if block.problem.e4m3 else p16
     plgpu.commit_smem()
     plgpu.barrier_arrive(block.shared["handed"].at[slot])
 
@@ -195,7 +205,12 @@ def _finish(block, w, acc, m, total):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, block.out_ref.at[0, block.b, rows, columns])
     else:
-        store_rows(block.out_ref.at[block.split, block.b, rows, columns], out, problem.rows - block.index * ROWS)
+        block.shared["out"][w] = out
+        plgpu.commit_smem()
+        for first in range(0, ROWS, SOME_ROWS):
+            some = block.shared["out"].at[w, pl.ds(first, SOME_ROWS)]
+            to = block.out_ref.at[block.split, block.b, pl.ds(block.index * ROWS + first, SOME_ROWS), columns]
+            pl.when(block.index * ROWS + first < problem.rows)(functools.partial(plgpu.copy_smem_to_gmem, some, to))
     _meet(block)
     if w == 0:
         lse = (m + jnp.log(total) * LOG2_E) * (1 / LOG2_E)

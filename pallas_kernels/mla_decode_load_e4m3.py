@@ -1,9 +1,9 @@
 """The warpgroup that loads an e4m3 cache, of the Mosaic GPU decoding attention.
 
-Tensor cores take e4m3 only where the summed axis is contiguous, which it is not for the values, so entries become
-bf16 on their way to shared memory: a warpgroup reads them into registers, a whole slot ahead of the one that it
-writes, and writes each tile as soon as the half of the slot is free. The registers are what is in flight, 36 KB of
-them. What follows does not know the difference.
+Tensor cores take e4m3 only where the summed axis is contiguous, which it is not for the values, so entries become f16
+on their way to shared memory: a warpgroup reads a slot's into registers, 36 KB in flight, while the slot is still in
+use, and writes them as soon as a half of it is free. The queries and the probabilities are f16 then, too. There is no
+multicast: the row blocks of a sequence meet in L2.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import e4m3
+from pallas_kernels import e4m3, shared_memory
 from pallas_kernels.backend import pl
 from pallas_kernels.mla_decode_block import E4M3_LOADER_REGISTERS, KEYS, TILES, Block, L, R
 from pallas_kernels.mla_decode_load import find_places, load_queries, page_ids
 from pallas_kernels.mosaic import plgpu
+
+# Tiles are handed over in pairs, a fence each: the last tile of each group, and its first.
+PUBLISHED = {1: 0, 3: 2, 5: 4, 7: 6, 8: 8}
 
 
 def load_e4m3(block: Block) -> None:
     """The third warpgroup's whole work."""
     plgpu.set_max_registers(E4M3_LOADER_REGISTERS, action="decrease")
     load_queries(block)
+    zeros = jnp.full((128,), 0, jnp.int32)
+    block.shared["loader_zero"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((128,), vec_size=1))
+    plgpu.commit_smem()
 
     @pl.when(block.steps > 0)
     def _():
@@ -30,9 +36,9 @@ def load_e4m3(block: Block) -> None:
 
         def step(i, carry):
             words, present, ids = carry
-            # The ids of the step after this one, asked for half a step before they are needed.
-            following = page_ids(block, i + 1)
             words, present = _pass_on(block, i, 0, words, present, (i, 1, ids))
+            # The ids of the step after this one, asked for half a step before they are needed, and after the fences.
+            following = page_ids(block, i + 1)
             words, present = _pass_on(block, i, 1, words, present, (i + 1, 0, following[0]))
             return words, present, following[1]
 
@@ -40,9 +46,7 @@ def load_e4m3(block: Block) -> None:
 
 
 def _pass_on(block, i, slot, words, present, following):
-    """Write what is held to a slot; hold the following slot's (step, slot, page ids) instead."""
-    where = _where(block, *following)
-    held = []
+    """Write what is held to a slot; then ask for the following one: (step, slot, page ids)."""
     for tile in range(TILES):
         if tile in (0, 4):
             pl.when(i > 0)(lambda tile=tile: plgpu.barrier_wait(block.shared["empty"].at[2 * slot + tile // 4]))
@@ -50,13 +54,15 @@ def _pass_on(block, i, slot, words, present, following):
             # Both halves of the slot are free: so are its rope tile, which held P, and its presence bits.
             if block.table_ref is not None:
                 block.shared["present"][slot] = present
-            target = block.shared["rope"].at[slot]
+            e4m3.store(words[tile], block.shared["rope"].at[slot])
         else:
-            target = block.shared["latent"].at[slot, tile]
-        e4m3.store(words[tile], target)
-        plgpu.barrier_arrive(block.shared["full"].at[slot * TILES + tile])
-        held.append(_fetch(block, where, tile))
-    return tuple(held), where[1]
+            e4m3.store(words[tile], block.shared["latent"].at[slot, tile])
+        if tile in PUBLISHED:
+            e4m3.publish()
+            for done in range(PUBLISHED[tile], tile + 1):
+                plgpu.barrier_arrive(block.shared["full"].at[slot * TILES + done])
+    # A fence waits for every load that is on its way: no compiler moves these before a word that is read after it.
+    return _fetch_all(block, *following)
 
 
 def _fetch_all(block, i, slot, ids):
@@ -73,9 +79,10 @@ def _where(block, i, slot, ids):
     if present is None:
         present = jnp.int32(problem.all_present)
     # A contiguous cache may end within the tile; pages are whole.
+    zero = shared_memory.read_word(block.shared["loader_zero"])
     last = (block.b + 1) * size - 1 if problem.page_size is None else jnp.int32(problem.pages * size - 1)
-    wanted = (2 * (block.first + i) + slot) * KEYS < block.most
-    return firsts, present, last, wanted.astype(jnp.int32)
+    wanted = ((2 * (block.first + i) + slot) * KEYS < block.most) & (i < block.steps)
+    return [first + zero for first in firsts], present, last, wanted.astype(jnp.int32)
 
 
 def _fetch(block, where, tile):

@@ -48,7 +48,7 @@ E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 
 def mla_decode_mosaic_gpu(
     q: BFloat16[Array, "B T H LR"],
-    entries: BFloat16[Array, "B S LR"] | BFloat16[Array, "N page LR"],
+    entries: Float[Array, "B S LR"] | Float[Array, "N page LR"],
     page_table: Int32[Array, "B M"] | None,
     visible: Int32[Array, "B T"],
     length: Int32[Array, "B"],
@@ -59,8 +59,8 @@ def mla_decode_mosaic_gpu(
     """The attention of this module's docstring, split by split.
 
     Args:
-        q: latent then rope queries.
-        entries: a contiguous cache, or pages.
+        q: latent then rope queries; beside an e4m3 cache, of less than 2^20.
+        entries: a contiguous cache, or pages; bfloat16 or float8_e4m3fn.
         page_table: the page of keys m * page .. of a sequence; None where the cache is contiguous.
         visible: row (b, t) sees the keys 0 .. visible[b, t] - 1 that the cache holds.
         length: keys a sequence holds.
@@ -137,6 +137,6 @@ def unsupported(q, entries, page_table, *, kv_lora_rank: int) -> str | None:
         return f"at most {MAX_TOKENS} new tokens; got {q.shape[1]}."
     if page_table is not None and entries.shape[1] not in PAGE_SIZES:
         return f"the page size must be one of {PAGE_SIZES}; got {entries.shape[1]}."
-    if page_table is None and entries.shape[1] % 8:
-        return f"a contiguous cache's capacity must be a multiple of 8; got {entries.shape[1]}."
+    if page_table is None and entries.shape[1] % 8 and jnp.dtype(entries.dtype) != E4M3:  # TMA takes groups of 8 rows
+        return f"a contiguous bfloat16 cache's capacity must be a multiple of 8; got {entries.shape[1]}."
     return None

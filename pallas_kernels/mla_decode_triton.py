@@ -89,6 +89,8 @@ def mla_decode_triton(
     splits = max(1, -(-capacity // split_size))
     config = config or default_config(rows, q.dtype)
     flat = entries.reshape(-1, width)  # one axis of keys, whatever holds them
+    if flat.dtype == jnp.float8_e4m3fn:  # which Triton does not have on every GPU, nor Pallas's masked loads
+        flat = jax.lax.bitcast_convert_type(flat, jnp.uint8)
     kernel = functools.partial(
         _kernel,
         config=config,
@@ -157,7 +159,9 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_si
                 else:
                     at = keys_ref.at[place, pl.ds(column, size)]
                 loaded = pltriton.load(at, mask=mask, other=0)
-                return loaded.astype(jnp.float32).astype(q_ref.dtype) if loaded.dtype != q_ref.dtype else loaded
+                if loaded.dtype == jnp.uint8:
+                    loaded = _from_e4m3(loaded)
+                return loaded if loaded.dtype == q_ref.dtype else loaded.astype(jnp.float32).astype(q_ref.dtype)
 
             latent = load_keys(0, rank)
             scores = dot(q_latent, latent.T)
@@ -187,6 +191,20 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_si
         mask = in_rows[:, None] & (jnp.arange(rank) >= 0)[None]
         pltriton.store(out_ref.at[split, b, row_slice, pl.ds(0, rank)], out.astype(out_ref.dtype), mask=mask)
         pltriton.store(lse_ref.at[split, b, row_slice], lse, mask=in_rows)
+
+
+def _from_e4m3(codes):
+    """float8_e4m3fn, given as uint8, as float32: exact, NaN included.
+
+    Exponent and mantissa go where those of a float32 meet, and the biases differ by 120; sub-normals are multiples of
+    2^-9, made so that none is a sub-normal float32 on the way.
+    """
+    codes = codes.astype(jnp.int32)
+    magnitude = codes & 0x7F
+    normal = jax.lax.bitcast_convert_type((magnitude << 20) + np.int32(120 << 23), jnp.float32)
+    value = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * np.float32(2.0**-9), normal)
+    value = jnp.where(magnitude == 0x7F, np.float32(np.nan), value)
+    return jnp.where(codes >= 0x80, -value, value)
 
 
 def _places(b, start, key, wanted, table_refs, page_size, total, capacity, config: Config):

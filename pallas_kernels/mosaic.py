@@ -29,6 +29,7 @@ __all__ = [
     "ROW",
     "SCALAR",
     "TILED",
+    "TILED_F32",
     "WGMMA",
     "FragmentedArray",
     "arith",
@@ -65,6 +66,7 @@ ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
 SCALAR = plgpu.Layout.WG_SPLAT(())
 # bf16 in shared memory as TMA writes and wgmma reads it: 8 rows of 128 bytes an atom, 128-byte swizzle.
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def compiler_params() -> plgpu.CompilerParams:

@@ -59,3 +59,42 @@ def clear_rows(ref, kept, present, page_rows: int) -> None:
         )
 
     emit(ref, kept, present)
+
+
+def bf16_to_f16(ref, first: int, size: int, exponent: int) -> None:
+    """Turn bf16 numbers into f16 of the same value times 2^exponent, in their places.
+
+    Exact for numbers whose product lies in 2^-14 .. 65504; above is infinite, below rounds to multiples of 2^-24.
+
+    Args:
+        ref: in shared memory, of any layout: neither shape nor dtype matters.
+        first: byte of ref at which this warpgroup starts.
+        size: bytes, a multiple of 2048.
+        exponent: see above.
+
+    The warpgroup must commit_smem before a product reads it.
+    """
+    bits = f"0f{(127 + exponent) << 23:08x}"
+    lines = ["{ .reg .b32 w<4>, l, h; .reg .f32 a, b;"]
+    for i in range(size // 2048):
+        lines += [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$0+{i * 2048}];"]
+        for j in range(4):
+            lines += [f"shl.b32 l, w{j}, 16; and.b32 h, w{j}, 0xffff0000; mov.b32 a, l; mov.b32 b, h;"]
+            lines += [f"mul.f32 a, a, {bits}; mul.f32 b, b, {bits}; cvt.rn.f16x2.f32 w{j}, b, a;"]
+        lines += [f"st.shared.v4.b32 [$0+{i * 2048}], {{w0, w1, w2, w3}};"]
+
+    @inline(arg_types=(plgpu.RefType(TILED),))
+    def emit(ctx, ref):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+
+        def number(x):
+            return arith.constant(i32, ir.IntegerAttr.get(i32, x))
+
+        thread = arith.andi(mgpu_utils.thread_idx(), number(127))
+        offset = arith.addi(arith.muli(thread, number(16)), number(first))
+        address = arith.addi(llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref)), offset)
+        text = "\n".join([*lines, "}"])
+        llvm.inline_asm(None, [address], text, "r,~{memory}", asm_dialect=0, has_side_effects=True)
+
+    emit(ref)

@@ -1,4 +1,4 @@
-"""Hopper's warpgroup product (wgmma) on tiles of 64 x 64 bf16 in shared memory, with descriptors made in the loop.
+"""Hopper's warpgroup product (wgmma) on 64 x 64 tiles, bf16 or f16, in shared memory, descriptors made in the loop.
 
 Pallas offers wgmma itself. Two things need this file's own: a right-hand side of several separate tiles in one
 instruction (values come in tiles of 64 columns, and one wgmma takes 256), and descriptors that stay out of the
@@ -44,7 +44,7 @@ TILE_BYTES = TILE * TILE * 2
 _STEPS = TILE // 16  # instructions a tile: each sums 16 products
 
 
-def scores(q_ref, k_ref, zero, acc=None, *, q_tile: int = 0, q_tiles: int = 1) -> jax.Array:
+def scores(q_ref, k_ref, zero, acc=None, *, q_tile: int = 0, q_tiles: int = 1, kind: str = "bf16") -> jax.Array:
     """acc + q k^T over one tile of 64 columns, or just q k^T where acc is None.
 
     Args:
@@ -54,6 +54,7 @@ def scores(q_ref, k_ref, zero, acc=None, *, q_tile: int = 0, q_tiles: int = 1) -
         acc: [64, 64] float32, in the layout ACCUMULATOR.
         q_tile: the 64 columns of q_ref.
         q_tiles: how many it has.
+        kind: what the 16 bits of both are, "bf16" or "f16", whatever the dtypes of the refs say.
     """
     out = plgpu.ShapeDtypeStruct((ROWS, TILE), jnp.float32, layout=ACCUMULATOR)
     reads = (plgpu.RefType(TILED), plgpu.RefType(TILED), SCALAR)
@@ -62,7 +63,7 @@ def scores(q_ref, k_ref, zero, acc=None, *, q_tile: int = 0, q_tiles: int = 1) -
         # Both sides are contiguous along the contraction: 16 columns are 32 bytes.
         left = _descriptor(q, zero, stride=q_tiles * ATOM_BYTES, offset=q_tile * ATOM_BYTES)
         right = _descriptor(k, zero, stride=ATOM_BYTES)
-        return _product(TILE, registers, left, right, left_step=32, right_step=32, transposed=False)
+        return _product(TILE, registers, left, right, left_step=32, right_step=32, transposed=False, kind=kind)
 
     if acc is None:
         return inline(arg_types=reads, return_type=out)(
@@ -73,15 +74,16 @@ def scores(q_ref, k_ref, zero, acc=None, *, q_tile: int = 0, q_tiles: int = 1) -
     )(q_ref, k_ref, zero, acc)
 
 
-def attend(acc, v_ref, zero, *, p=None, p_ref=None) -> jax.Array:
+def attend(acc, v_ref, zero, *, p=None, p_ref=None, kind: str = "bf16") -> jax.Array:
     """acc + p v for 64 keys.
 
     Args:
         acc: [64, 64 n] float32, in the layout ACCUMULATOR.
         v_ref: [n, 64 keys, 64] in shared memory: n separate tiles, side by side.
         zero: see above.
-        p: [64, 64] bf16 in registers (WGMMA layout), or
+        p: [64, 64] in registers (WGMMA layout), or
         p_ref: the same in shared memory.
+        kind: see scores.
     """
     in_registers = p is not None
 
@@ -93,7 +95,10 @@ def attend(acc, v_ref, zero, *, p=None, p_ref=None) -> jax.Array:
         # v's columns are contiguous and its keys are summed over: 16 of them are two atoms.
         right = _descriptor(v, zero, stride=ATOM_BYTES, leading=TILE_BYTES)
         left = p if in_registers else _descriptor(p, zero, stride=ATOM_BYTES)
-        registers = _product(acc.shape[1], acc, left, right, left_step=32, right_step=2 * ATOM_BYTES, transposed=True)
+        right_step = 2 * ATOM_BYTES
+        registers = _product(
+            acc.shape[1], acc, left, right, left_step=32, right_step=right_step, transposed=True, kind=kind
+        )
         return _array(registers, acc.shape)
 
     return emit(acc, p if in_registers else p_ref, v_ref, zero)
@@ -174,7 +179,7 @@ def rescale(acc, factor) -> jax.Array:
 # ---- PTX ---------------------------------------------------------------------------------------------------------
 
 
-def _product(columns, acc, left, right, *, left_step, right_step, transposed):
+def _product(columns, acc, left, right, *, left_step, right_step, transposed, kind):
     """Registers of acc (None: 0) + left right, 64 products an element, in one asynchronous group."""
     registers = [] if acc is None else [_scalar(register) for register in acc.registers.flat]
     count = ROWS * columns // 128
@@ -202,7 +207,7 @@ def _product(columns, acc, left, right, *, left_step, right_step, transposed):
         else:
             lines += [f"mov.b64 dl, {{wl, {left[1]}}};"]
             side, flags = "dl", f"1, 1, 0, {int(transposed)}"
-        instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
+        instruction = f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind}"
         lines += [f"{instruction} {{{accumulators}}}, {side}, dr, add, {flags};"]
         if step < _STEPS - 1:
             lines += [f"add.u32 wr, wr, {right_step >> 4};"]
@@ -257,6 +262,6 @@ def _scalar(register):
 
 
 def _word(register):
-    """A register of two bf16 as one 32-bit word."""
+    """A register of two 16-bit numbers as one 32-bit word."""
     i32 = ir.IntegerType.get_signless(32)
     return _scalar(vector.bitcast(ir.VectorType.get((1,), i32), register))

@@ -1,10 +1,12 @@
 """Compile every configuration of the Mosaic decode kernel for an H100 that need not be there; print what ptxas says.
 
-Run by test_mla_decode_compile.py in a process of its own, because the dump folder is read from the environment once.
+With the argument "all" these are ALL_CONFIGS. Run by test_mla_decode_compile.py in a process of its own, because the
+dump folder is read from the environment once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -33,6 +35,14 @@ CONFIGS = [
     (4, 1, 16, 4096, 16, 2048, E4M3),
     (4, 8, 20, 4096, 128, 4096, E4M3),
 ]
+# All that a layer may ask for: every H a device, T from 1 to 8, every cache, with and without splits.
+ALL_CONFIGS = [
+    (2, tokens, heads, 1024, page, split_size, dtype)
+    for heads, tokens, page, dtype in itertools.product(
+        (8, 16, 20, 32, 64, 128), (1, 2, 8), (0, 16, 64, 128), (BF16, E4M3)
+    )
+    for split_size in (512, 1024)
+]
 
 
 def main() -> None:
@@ -59,7 +69,7 @@ def main() -> None:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     results = []
-    for batch, tokens, heads, capacity, page, split_size, dtype in CONFIGS:
+    for batch, tokens, heads, capacity, page, split_size, dtype in ALL_CONFIGS if "all" in sys.argv else CONFIGS:
         for old in folder.iterdir():
             old.unlink()
         columns = capacity // page if page else 0
@@ -82,7 +92,7 @@ def main() -> None:
             {
                 "spill_stores": int(spills[1]),
                 "spill_loads": int(spills[2]),
-                "serialised": "C7514" in report,
+                "serialised": bool(re.search("C751[0-9]", report)),
                 "ignored_registers": "C7508" in report,
                 "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
             }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mla_fp4_jax.cache import Cache, LatentCache, PagedLatentCache
+from mla_fp4_jax.ops import mla_decode
 
 SCALE = 192**-0.5
 
@@ -95,6 +98,58 @@ def build(case: Case, rng: np.random.Generator) -> Built:
 def rounded(x: np.ndarray, dtype) -> np.ndarray:
     """x as float32, after rounding to dtype."""
     return np.asarray(jnp.asarray(x.astype(np.float32), dtype).astype(jnp.float32))
+
+
+def one_key_of_every_code(rng: np.random.Generator, *, heads: int, rank: int, rope: int):
+    """q, an e4m3 cache, visible and the exact output of sequences of one key; every finite code is in a latent."""
+    codes = np.array([code for code in range(256) if code & 0x7F != 0x7F], np.uint8)
+    batch = 2 * -(-256 // rank)
+    entries = np.zeros((batch, 128, rank + rope), np.uint8)
+    entries[:, 0, :rank] = np.resize(rng.permutation(codes), (batch, rank))
+    entries[:, 1:] = 0x7F
+    stored = jax.lax.bitcast_convert_type(jnp.asarray(entries), jnp.float8_e4m3fn)
+    q = jnp.ones((batch, 1, heads, rank + rope), jnp.bfloat16).at[..., :rank].set(0)
+    values = np.array([_e4m3(code) for code in range(256)], np.float32)[entries[:, 0, :rank]]
+    exact = np.tile(values[:, None, None], (1, 1, heads, 1))
+    return q, LatentCache(stored, jnp.ones(batch, jnp.int32), rank), jnp.ones((batch, 1), jnp.int32), exact
+
+
+def _e4m3(code: int) -> float:
+    """OCP 8-bit Floating Point Specification, E4M3."""
+    sign, exponent, mantissa = 1 - 2 * (code >> 7), code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return float("nan")
+    return sign * (2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-6 * mantissa / 8)
+
+
+def run_steps(built: Built, **how) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Out and LSE of a decode loop that appends the cache's entries one by one to an empty one, donated.
+
+    A sequence takes part from the first token that sees anything.
+    """
+    full_cache = built.cache
+    entries, _ = full_cache.block(jnp.zeros((), jnp.int32), full_cache.capacity)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(cache, q, entry, visible):
+        cache = cache.append(entry, visible > 0)
+        return cache, mla_decode(q, cache, visible, scale=SCALE, return_lse=True, **how)
+
+    empty = jnp.zeros_like(full_cache.length)
+    if isinstance(full_cache, PagedLatentCache):
+        pages = jnp.full_like(full_cache.pages, jnp.nan)
+        table = jnp.array(full_cache.page_table, copy=True)  # to be donated
+        cache: Cache = dataclasses.replace(full_cache, pages=pages, page_table=table, length=empty)
+    else:
+        cache = dataclasses.replace(full_cache, entries=jnp.full_like(full_cache.entries, jnp.nan), length=empty)
+    results = []
+    for t in range(built.q.shape[1]):
+        visible = built.visible[:, t : t + 1]
+        entry = jnp.take_along_axis(entries, jnp.maximum(visible - 1, 0)[..., None], axis=1)
+        cache, result = step(cache, built.q[:, t : t + 1], entry, visible)
+        results.append(result)
+    out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*results, strict=True))
+    return out, lse
 
 
 def check(out, lse, case: Case, built: Built) -> None:

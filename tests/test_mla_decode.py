@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mla_decode_cases import SCALE, Case, build, check
+from mla_decode_cases import SCALE, Case, build, check, one_key_of_every_code, run_steps
 
 from mla_fp4_jax.ops import mla_decode
 from pallas_kernels.split_plan import STEP, choose_split_size
@@ -26,6 +26,8 @@ CASES = (
     Case((40, 100, 129), page=16, bad_pages=True),
     Case((40, 100, 193), page=64, bad_pages=True, tokens=2),
     Case((130, 7), tokens=4, capacity=512),
+    Case((0, 17, 130), page=16, cache_dtype="float8_e4m3fn"),
+    Case((0, 17, 130), tokens=2, cache_dtype="float8_e4m3fn"),
 )
 
 
@@ -59,6 +61,33 @@ def test_a_sequence_does_not_depend_on_its_neighbours(rng):
         alone = dataclasses.replace(built, q=built.q[b : b + 1], cache=one, visible=built.visible[b : b + 1])
         for x, y in zip(together, run(alone, implementation="triton_interpret", split_size=128), strict=True):
             assert np.array_equal(np.asarray(x[b : b + 1], np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_finite_e4m3_code_is_read_exactly(implementation, rng):
+    """A sequence of one key has that key's latent as its output, whatever the score."""
+    q, cache, visible, exact = one_key_of_every_code(rng, heads=2, rank=32, rope=16)
+    out = mla_decode(q, cache, visible, scale=SCALE, split_size=128, implementation=implementation)
+    assert np.array_equal(np.asarray(out.astype(jnp.float32)), exact)
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_nan_that_is_seen_shows(implementation, cache_dtype, rng):
+    built = build(Case((200, 70), cache_dtype=cache_dtype), rng)
+    for column in (3, 35):  # of the latent, of the rope key
+        entries = built.cache.entries.at[0, 150, column].set(jnp.nan)
+        poisoned = dataclasses.replace(built, cache=dataclasses.replace(built.cache, entries=entries))
+        out = np.asarray(run(poisoned, implementation=implementation, split_size=128)[0].astype(jnp.float32))
+        assert np.all(np.isnan(out[0])) and np.all(np.isfinite(out[1]))
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_a_thousand_steps_are_one_prefill(page, rng):
+    case = Case((1000, 700), tokens=1000, page=page)
+    built = build(case, rng)
+    check(*run_steps(built, implementation="xla"), case, built)
+    check(*run(built, implementation="xla"), case, built)
 
 
 def test_sequences_may_share_pages(rng):

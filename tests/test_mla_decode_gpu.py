@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mla_decode_cases import SCALE, Case, build, check
+from mla_decode_cases import SCALE, Case, build, check, one_key_of_every_code, run_steps
 
-from mla_fp4_jax.cache import LatentCache
 from mla_fp4_jax.ops import implementations, mla_decode
 
 pytestmark = pytest.mark.gpu
@@ -101,16 +101,9 @@ def test_a_sequence_does_not_depend_on_its_neighbours(implementation, heads, rng
 def test_every_finite_e4m3_code_is_read_exactly(implementation, rng):
     """A sequence of one key has that key's latent as its output, whatever the score."""
     needs(implementation)
-    codes = np.arange(512, dtype=np.uint8)
-    codes[codes & 0x7F == 0x7F] = 0
-    entries = rng.permuted(np.tile(np.concatenate([codes, codes[:64]]), (4, 128, 1)), axis=-1)
-    entries[..., 512:] = 0
-    stored = jax.lax.bitcast_convert_type(jnp.asarray(entries), jnp.float8_e4m3fn)
-    cache = LatentCache(stored, jnp.ones(4, jnp.int32), 512)
-    q = jnp.zeros((4, 1, 64, 576), jnp.bfloat16).at[..., 512:].set(1)
-    out, _ = attend(q, cache, jnp.ones((4, 1), jnp.int32), implementation=implementation, split_size=128)
-    exact = np.asarray(stored[:, 0, :512].astype(jnp.float32))
-    assert np.array_equal(np.asarray(out[:, 0].astype(jnp.float32)), np.tile(exact[:, None], (1, 64, 1)))
+    q, cache, visible, exact = one_key_of_every_code(rng, heads=64, rank=512, rope=64)
+    out, _ = attend(q, cache, visible, implementation=implementation, split_size=128)
+    assert np.array_equal(np.asarray(out.astype(jnp.float32)), exact)
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", E4M3])
@@ -124,6 +117,34 @@ def test_a_nan_that_is_seen_shows(implementation, cache_dtype, rng):
         poisoned = dataclasses.replace(built, cache=cache)
         out = np.asarray(run(poisoned, implementation=implementation, split_size=128)[0].astype(jnp.float32))
         assert np.all(np.isnan(out[0])) and np.all(np.isfinite(out[1]))
+
+
+# Every H of a device, on every kind of cache, T from 1 to 8; both kinds of entries.
+GRID = [
+    full((300 + i, tokens, 129), tokens, heads, capacity=512, page=page, cache_dtype=("bfloat16", E4M3)[i % 2])
+    for i, (heads, (page, tokens)) in enumerate(
+        itertools.product((8, 16, 20, 32, 64, 128), ((None, 1), (16, 2), (64, 3), (128, 5), (64, 8)))
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_every_number_of_heads_and_new_tokens(case, rng):
+    needs("mosaic_gpu")
+    built = build(case, rng)
+    check(*run(built, implementation="mosaic_gpu", split_size=256), case, built)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_thousand_steps_are_one_prefill(implementation, rng):
+    """The decode loop, its cache donated, and one call with all its queries stay within the same bounds."""
+    needs(implementation)
+    case = full((1000, 700), tokens=1000, heads=16, page=64)
+    built = build(case, rng)
+    check(*run_steps(built, implementation=implementation, split_size=256), case, built)
+    check(*run(built, implementation="xla", split_size=None), case, built)
 
 
 def test_the_fastest_is_chosen_and_right(rng):

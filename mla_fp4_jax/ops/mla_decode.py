@@ -71,9 +71,9 @@ def mla_decode(
         return_lse: also return the log-sum-exp, by which results over parts of the keys are merged.
         split_size: keys a split, a multiple of 128; None chooses by B, T, H and the cache's capacity. One given
             makes a sequence's result independent of B as well.
-        implementation: "mosaic_gpu" (Pallas, on a Hopper GPU, L = 512, R = 64, bfloat16), "triton" (Pallas, on a
-            GPU), "xla" (anywhere), "triton_interpret" (the Triton kernel in Pallas's interpreter, for tests), or
-            None for the fastest that can run here.
+        implementation: "mosaic_gpu" (Pallas, on a Hopper GPU, L = 512, R = 64, q bfloat16, the cache that or
+            float8_e4m3fn), "triton" (Pallas, on a GPU), "xla" (anywhere), "triton_interpret" (the Triton kernel in
+            Pallas's interpreter, for tests), or None for the fastest that can run here.
 
     Returns:
         The attended latent in q's dtype, and on request the natural-log LSE in float32. A query that sees nothing
@@ -85,8 +85,10 @@ def mla_decode(
         NotImplementedError: the implementation named cannot run here, or not on these operands. None never fails.
 
     Numerics:
-        Scores and sums are float32, probabilities are rounded to q's dtype before they meet the values. Nothing
-        past a sequence's length and nothing on a page that does not exist can reach a result, NaN included. A
+        Scores and sums are float32, probabilities are rounded to q's dtype before they meet the values; with
+        "mosaic_gpu" and a float8_e4m3fn cache to float16, and so are the queries times 2^-4: those of 2^20 and more
+        give NaN, those below 2^-10 lose bits. Nothing past a sequence's length and nothing on a page that does not
+        exist can reach a result, NaN included. A
         sequence's result depends on no other sequence of the batch, bit for bit, but with "xla", whose library
         calls promise no such thing.
     """
