@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
+
+
+def einsum_rounded(spec: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
+    """einsum_f32 rounded once to `dtype`, by the matmul itself where it can.
+
+    XLA often writes a float32 result to memory to convert it in another kernel.
+    """
+    if a.dtype == jnp.float32 or jnp.dtype(dtype) != a.dtype:
+        return einsum_f32(spec, a, b).astype(dtype)
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cuda=lambda a, b: jnp.einsum(spec, a, b),  # accumulates in float32 and rounds once
+        default=lambda a, b: einsum_f32(spec, a, b).astype(dtype),
+    )
 
 
 def einsum_f32(spec: str, a: Array, b: Array) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mla_fp4_jax.einsum import einsum_f32
+from mla_fp4_jax.einsum import einsum_f32, einsum_rounded
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops import fp4_bmm, fp4_linear
 
@@ -23,7 +23,7 @@ def linear(
         kind = x.dtype if bias is None else jnp.float32
         y = fp4_linear(x, weight, preferred_element_type=kind, implementation=implementation)
     else:
-        y = einsum_f32("...c,nc->...n", x, weight.astype(x.dtype))
+        y = einsum_rounded("...c,nc->...n", x, weight.astype(x.dtype), x.dtype if bias is None else jnp.float32)
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)
     return y.astype(x.dtype)

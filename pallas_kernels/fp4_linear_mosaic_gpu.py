@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -19,11 +20,18 @@ from pallas_kernels.fragments import BLOCK
 # The kernel decodes its weights again for every 128 tokens or so; with more tokens than these it pays to decode them
 # once, to memory, and leave the product to a library. Measured on an H100 (bench/linear.py).
 MOST_TOKENS = 512
+# Up to so many, a token's bits do not depend on their number: the contraction is split by the weight's shape alone.
+INVARIANT_TOKENS = 64
 _MIN_K = 2 * BLOCK
 _INT32_BYTES = 2**31
-_FEW_TOKENS = 32
-_ENOUGH_WARPGROUPS = 256  # that stream weights, on the whole GPU: about two for each of its 132 SMs
+_SMS = 132  # of an H100
+_FEW_TOKENS = 16
+_ENOUGH_WARPGROUPS = 256  # that stream weights, on the whole GPU: about two for each of its SMs
 _ENOUGH_CTAS = 100
+# What many tokens cost, in cycles, as fitted to the sweep in bench/results (within 15 % for most of it).
+_CTA_CYCLES = 9000  # to fill the ring, and to store
+_EXCHANGE_CYCLES_PER_BYTE = 0.15  # of a cluster's partial results
+_L2_BYTES_PER_CYCLE = 3200  # of x, for all SMs
 
 
 # Jitted, so that a program of many equal calls lowers one.
@@ -82,7 +90,7 @@ def unsupported(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str | Non
 
 
 def default_split(outputs: int, contraction: int) -> int:
-    """Parts of the contraction. It must not follow the batch: it decides the bits of a result."""
+    """Parts of the contraction for up to INVARIANT_TOKENS tokens: enough for the whole GPU to stream weights."""
     tiles, blocks = outputs // BLOCK, contraction // BLOCK
     split = 1
     while split < 8 and tiles * split < _ENOUGH_WARPGROUPS and blocks % (4 * split) == 0:
@@ -91,38 +99,67 @@ def default_split(outputs: int, contraction: int) -> int:
 
 
 def default_config(problem: Problem) -> Config:
-    """Tiles for a problem, from measurements on an H100 (bench/linear.py).
+    """Tiles for a problem, from measurements on an H100 (bench/results).
 
-    But for `split`, no choice changes a bit of the result, so it may follow the batch. Few tokens: as many warpgroups
-    in a CTA as leave a CTA for most SMs, since they share x. Many: two tiles to a warpgroup, which halves what a CTA
-    reads of x for its products.
+    But for `split`, no choice changes a bit of the result. Few tokens: as many warpgroups in a CTA, since they share
+    x, as leave a CTA for most SMs. Many: what a model of the cost says.
     """
-    tiles, blocks = problem.outputs // BLOCK, problem.contraction // BLOCK
+    return _few(problem) if problem.batch <= INVARIANT_TOKENS else _many(problem)
+
+
+def _few(problem: Problem) -> Config:
+    tiles = problem.outputs // BLOCK
     split = default_split(problem.outputs, problem.contraction)
-    part = blocks // split
-    tokens = _round_up(-(-problem.batch // -(-problem.batch // 128)), 8)
-    ctas = split * -(-problem.batch // tokens)
-    if tokens > _FEW_TOKENS and tiles % 4 == 0 and tiles // 4 * ctas >= _ENOUGH_CTAS // 2:
-        warpgroups, per_warpgroup = 2, 2
+    part = problem.contraction // BLOCK // split
+    tokens = _round_up(problem.batch, 8)
+    if tokens <= _FEW_TOKENS and tiles * split <= 3 * _SMS:  # all resident at once
+        warpgroups = 1
     else:
-        per_warpgroup = 1
         fitting = [number for number in (4, 3, 2, 1) if tiles % number == 0]
-        if tokens > 64:
-            fitting = [number for number in fitting if number < 4]  # 128 registers a thread are too few
-        warpgroups = next((n for n in fitting if tiles // n * ctas >= _ENOUGH_CTAS), fitting[-1])
-    few = tokens <= _FEW_TOKENS
-    stage_blocks = 4 if few and warpgroups == 4 and part % 4 == 0 else 2
-    push = split > 1 and few
-    slots = 4 if stage_blocks == 4 else 8
+        warpgroups = next((n for n in fitting if tiles // n * split >= _ENOUGH_CTAS), 1)
+    if warpgroups == 1:  # several CTAs to an SM
+        slots = 3 if tokens > 32 else 4 if split > 1 else 6
+        config = Config(split, tokens, 1, 1, 2, slots, push=split > 1 and tokens <= _FEW_TOKENS)
+    elif warpgroups == 4 and tokens <= 32 and part % 4 == 0:
+        config = Config(split, tokens, 4, 1, 4, 4)
+    else:
+        config = Config(split, tokens, warpgroups, 1, 2, 8)
+    return _with_fitting_slots(problem, config)
 
-    def config(slots: int) -> Config:
-        return Config(split, tokens, warpgroups, per_warpgroup, stage_blocks, slots, push)
 
-    while slots > 3 and (
-        tiling.shared_memory_bytes(config(slots)) > SHARED_MEMORY_BYTES or slots > part // stage_blocks + 2
-    ):
-        slots -= 1
-    return config(slots)
+def _many(problem: Problem) -> Config:
+    tiles, blocks = problem.outputs // BLOCK, problem.contraction // BLOCK
+    choices = []
+    for most_tokens, warpgroups, per_warpgroup in ((128, 2, 2), (128, 3, 1), (256, 2, 1), (128, 1, 1)):
+        if tiles % (warpgroups * per_warpgroup) or (most_tokens == 256 and problem.batch <= 128):
+            continue
+        tokens = _round_up(-(-problem.batch // -(-problem.batch // most_tokens)), 8)
+        for split in (1, 2, 4, 8):
+            if blocks % (2 * split) == 0:
+                slots = 3 if warpgroups == 1 else 8  # a lone warpgroup shares its SM with another CTA
+                choices.append(Config(split, tokens, warpgroups, per_warpgroup, 2 // per_warpgroup, slots))
+    return _with_fitting_slots(problem, min(choices, key=lambda config: _cycles(problem, config)))
+
+
+def _cycles(problem: Problem, config: Config) -> float:
+    """About how long: waves of CTAs, each as long as its products; mostly under them, x from the L2 cache."""
+    ctas = tiling.clusters(problem, config) * config.split
+    exchange = tiling.exchange_bytes(config) if config.split > 1 else 0
+    # wgmma m64nNk16 takes N / 2 cycles of an SM's tensor cores; short ones leave gaps, a lone warpgroup's more.
+    gaps = 1.25 if config.warpgroups == 1 else 1.14 if config.tokens <= 128 else 1.0
+    blocks = problem.contraction // BLOCK // config.split
+    products = 2 * config.tokens * config.warpgroups * config.tiles * blocks * gaps
+    ctas_cycles = -(-ctas // _SMS) * (products + _CTA_CYCLES + _EXCHANGE_CYCLES_PER_BYTE * exchange)
+    x_cycles = 2 * config.tokens * blocks * BLOCK * ctas / _L2_BYTES_PER_CYCLE
+    return max(ctas_cycles, x_cycles) + 0.2 * min(ctas_cycles, x_cycles)
+
+
+def _with_fitting_slots(problem: Problem, config: Config) -> Config:
+    """No more slots than shared memory holds, nor than there are stages to load ahead; at least 3."""
+    most = tiling.stages(problem, config) + 2
+    while config.slots > 3 and (config.slots > most or tiling.shared_memory_bytes(config) > SHARED_MEMORY_BYTES):
+        config = dataclasses.replace(config, slots=config.slots - 1)
+    return config
 
 
 def _round_up(number: int, step: int) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mla_fp4_jax.einsum import einsum_f32
+from mla_fp4_jax.einsum import einsum_rounded
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.bmm import fp4_bmm
@@ -52,8 +52,8 @@ def fp4_linear(
         config: tiles of that kernel, which is then used for any number of tokens; None for its default.
 
     Numerics:
-        As fp4_bmm's; with "mosaic_gpu" a row's result does not depend on the batch it sits in as long as the kernel
-        serves it, thus for up to mosaic.MOST_TOKENS tokens.
+        As fp4_bmm's, but with "mosaic_gpu" a row's result does not depend, bit for bit, on the batch that it sits
+        in for batches of up to mosaic.INVARIANT_TOKENS tokens; for more, the order of its sum follows their number.
     """
     if not isinstance(w, FP4Array) or w.ndim != 2:
         got = f"shape {w.shape}" if isinstance(w, FP4Array) else type(w).__name__
@@ -120,7 +120,7 @@ def _run(x: Array, w: FP4Array, call: _Call) -> Array:
 
 
 def _plain(x: Array, w: FP4Array, *, out_dtype: jnp.dtype) -> Array:
-    return einsum_f32("mc,nc->mn", x, fp4_dense(w, jnp.bfloat16)).astype(out_dtype)
+    return einsum_rounded("mc,nc->mn", x, fp4_dense(w, jnp.bfloat16), out_dtype)
 
 
 def _forward(x: Array, w: FP4Array, call: _Call):
@@ -130,7 +130,7 @@ def _forward(x: Array, w: FP4Array, call: _Call):
 def _backward(call: _Call, w: FP4Array, g: Array):
     """dx = g @ w, x's dtype being bfloat16."""
     del call
-    return einsum_f32("mn,nc->mc", g, fp4_dense(w, g.dtype)).astype(jnp.bfloat16), None
+    return einsum_rounded("mn,nc->mc", g, fp4_dense(w, g.dtype), jnp.bfloat16), None
 
 
 _linear = jax.custom_vjp(_primal, nondiff_argnums=(2,))
