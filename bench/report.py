@@ -19,6 +19,7 @@ from bench import matmul
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- benchmarks: written by python -m bench.report -->\n", "<!-- end of benchmarks -->\n"
+_VERSIONS = ("jax", "torch", "triton")
 # Ending of a result's name -> the section's text made of it.
 SECTIONS: dict[str, Callable[[dict], str]] = {}
 
@@ -47,13 +48,15 @@ def row(*cells: object) -> str:
 
 
 def origin(result: dict, path: Path) -> str:
-    """Where figures come from: device, date, versions, file."""
-    described = result.get("environment", result)
-    versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("jax", "torch", "triton"))
-    return (
-        f"{described['device']}, {described['date'][:10]}, {versions}; commit `{described['commit'][:7]}`, "
-        f"`bench/results/{path.name}`." + (f"\n{result['note']}" if "note" in result else "")
-    )
+    """Where figures come from: device, date, versions, file, and what was noted of the run."""
+    runs = result.get("runs")
+    described = runs[-1]["environment"] if isinstance(runs, list) else result.get("environment", result)
+    versions = described.get("versions", {"jax": result.get("jax")})
+    parts = [described["device"], described["date"][:10], *(f"{n} {versions[n]}" for n in _VERSIONS if n in versions)]
+    commit = described.get("commit")
+    where = f"commit `{commit[:7]}`, " if commit and not isinstance(runs, list) else ""
+    notes = [str(result[key]) for key in ("note", "tests") if key in result]
+    return "\n".join([f"{', '.join(parts)}; {where}`bench/results/{path.name}`.", *notes])
 
 
 def times(rows: list[dict], key: str, shape: str | None = None) -> dict[tuple[str, str, int], float]:
@@ -117,25 +120,67 @@ def other_shapes(rows: list[dict]) -> list[str]:
     return lines if len(lines) > len(heading) else []
 
 
+@section("fp4_linear_sweep")
+def fp4_linear_section(result: dict) -> str:
+    """The fastest configuration tried, beside XLA's bf16 product."""
+    fp4: dict[tuple[str, int], float] = {}
+    bf16: dict[tuple[str, int], float] = {}
+    for r in result["rows"]:
+        times = bf16 if "name" in r else fp4
+        key = (r["shape"], r["tokens"])
+        times[key] = min(r["kernel_us"], times[key]) if key in times else r["kernel_us"]
+    tokens = sorted({m for _, m in fp4})
+    lines = [
+        "FP4 linears (`fp4_linear`, `mosaic_gpu`) / XLA bf16, kernel time in us by tokens M, cold weights: the",
+        'fastest configuration of a sweep, not always the default. "Touch" reads the packed bytes once, and no more.',
+        "",
+        *rule("K -> N", "touch", *(f"M = {m}" for m in tokens)),
+    ]
+    for shape, touch_us in result["touch_us"].items():
+        cells = [
+            f"{fp4[shape, m]:.1f} / " + (f"{bf16[shape, m]:.1f}" if (shape, m) in bf16 else "-")
+            if (shape, m) in fp4
+            else "-"
+            for m in tokens
+        ]
+        lines.append(row(shape, touch_us, *cells))
+    return "\n".join(lines)
+
+
 @section("mla_decode")
 def mla_decode_section(result: dict) -> str:
-    """The latent decode attention, and what it is of FlashMLA's time."""
-    rows = [r for r in result["rows"] if "kernel_us" in r and r.get("cache", "bfloat16") == "bfloat16"]
-    found = {(r["name"], r["heads"], r["batch"], r["keys"]): r for r in rows}
+    """The latent decode attention, and what it is of FlashMLA's time in the same run."""
     lines = [
         "Decode attention on a paged (64) bfloat16 latent cache, L+R = 576: kernels' time in us, merging of splits",
         "included, with FlashMLA in the same run.",
-        "",
-        *rule("H", "B", "S", "`mosaic_gpu`", "FlashMLA", "ratio", "TB/s", "TFLOP/s", "`triton`", "XLA"),
     ]
-    for heads, batch, keys in sorted({key[1:] for key in found}, key=lambda key: (-key[0], key[2], key[1])):
-        own, flash, portable, xla = (
-            found.get((name, heads, batch, keys)) for name in ("mosaic_gpu", "flashmla", "triton", "xla")
-        )
-        ratio = f"{own['kernel_us'] / flash['kernel_us']:.2f}" if own and flash else "-"
-        cells = [f"{r['kernel_us']:.1f}" if r else "-" for r in (own, flash, portable, xla)]
-        rates = (own["tb_per_s"], own["tflops"]) if own else ("-", "-")
-        lines.append(row(heads, batch, keys, cells[0], cells[1], ratio, *rates, *cells[2:]))
+    for run in result.get("runs", [result]):
+        rows = [r for r in run["rows"] if "kernel_us" in r and r.get("cache", "bfloat16") == "bfloat16"]
+        found = {(r["name"], r["heads"], r["batch"], r["keys"]): r for r in rows}
+        shapes = {key[1:] for key in found if key[0] != "flashmla" and ("flashmla", *key[1:]) in found}
+        if not shapes:
+            continue
+        lines += ["", f"Commit `{run['environment']['commit'][:7]}`: {run['what']}.", ""] if "what" in run else [""]
+        lines += rule("H", "B", "S", "`mosaic_gpu`", "FlashMLA", "ratio", "TB/s", "TFLOP/s")
+        for heads, batch, keys in sorted(shapes, key=lambda key: (-key[0], key[2], key[1])):
+            own, flash = (found[name, heads, batch, keys] for name in ("mosaic_gpu", "flashmla"))
+            ratio = own["kernel_us"] / flash["kernel_us"]
+            both = (f"{r['kernel_us']:.1f}" for r in (own, flash))
+            lines.append(row(heads, batch, keys, *both, f"{ratio:.2f}", own["tb_per_s"], own["tflops"]))
+    return "\n".join(lines)
+
+
+@section("prefill")
+def prefill_section(result: dict) -> str:
+    """Attention of a prompt on expanded keys and values."""
+    lines = [
+        "Prefill attention of one prompt, 128 heads of 192 / 128, causal, keys and values expanded: kernel time.",
+        "",
+        *rule("T", "kernel", "us", "TFLOP/s"),
+    ]
+    for r in result["rows"]:
+        if r.get("kind") == "kernel" and "us" in r:
+            lines.append(row(r["tokens"], r["name"], r["us"], r["tflops"]))
     return "\n".join(lines)
 
 
