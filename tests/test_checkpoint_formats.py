@@ -95,22 +95,25 @@ def test_plain_linears_may_be_nvfp4_too(tmp_path, rng, producer, module):
     assert isinstance(weight, FP4Array) and np.array_equal(values(weight), expected)
 
 
-def test_a_layer_computes_with_nvfp4_as_with_its_values(tmp_path, rng):
+@pytest.mark.parametrize("implementation", ["xla", "triton_interpret"])
+@pytest.mark.parametrize("producer", [name for name in PRODUCERS if "nvfp4" in name])
+def test_a_layer_computes_with_nvfp4_as_with_its_values(tmp_path, rng, producer, implementation):
     """The kernel's path: multiplying by the divisor's float32 reciprocal is off by 2^-24 at most, twice a product."""
-    for producer in ("quark nvfp4", "compressed-tensors nvfp4"):
-        tensors, config, _, expected = made(rng, producer)
-        packed = load_mla_layer(write_checkpoint(tmp_path / producer, tensors, config), 0, dtype=jnp.float32)
-        dense = {name: array for name, array in tensors.items() if not name.startswith(KV_B)}
-        dense[f"{KV_B}.weight"] = expected
-        plain = load_mla_layer(write_checkpoint(tmp_path / f"{producer} dense", dense), 0, dtype=jnp.float32)
-        x = jnp.asarray(rng.standard_normal((2, 5, 96)), jnp.float32)
-        outputs = []
-        for layer in (packed, plain):
-            y, cache = layer.prefill(x, layer.init_cache(2, 8))
-            step, _ = layer.decode(x[:, :1], cache)
-            outputs.append((np.asarray(y), np.asarray(step)))
-        for mine, reference in zip(*outputs, strict=True):
-            np.testing.assert_allclose(mine, reference, rtol=0, atol=2e-5 * np.abs(reference).max())
+    tensors, config, metadata, expected = made(rng, producer)
+    root = write_checkpoint(tmp_path / "packed", tensors, config, metadata)
+    packed = load_mla_layer(root, 0, dtype=jnp.float32, implementation=implementation)
+    dense = {name: array for name, array in tensors.items() if not name.startswith(KV_B)}
+    dense[f"{KV_B}.weight"] = expected
+    plain = load_mla_layer(write_checkpoint(tmp_path / "dense", dense), 0, dtype=jnp.float32)
+    assert packed.weights.kv_b_proj.format == "nvfp4" and packed.weights.kv_b_proj.group_size == 16
+    x = jnp.asarray(rng.standard_normal((2, 5, 96)), jnp.float32)
+    outputs = []
+    for layer in (packed, plain):
+        y, cache = layer.prefill(x, layer.init_cache(2, 8))
+        step, _ = layer.decode(x[:, :1], cache)
+        outputs.append((np.asarray(y), np.asarray(step)))
+    for mine, reference in zip(*outputs, strict=True):
+        np.testing.assert_allclose(mine, reference, rtol=0, atol=2e-5 * np.abs(reference).max())
 
 
 # GGUF's nibble order, which only the caller knows.
@@ -141,6 +144,14 @@ def test_gguf_order_is_read_when_asked_for(tmp_path, rng, blocks):
             load_mla_layer(root, 0)
     else:
         assert not np.array_equal(values(load_mla_layer(root, 0).weights.kv_b_proj), expected)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("producer", ["quark nvfp4", "compressed-tensors nvfp4", "torchao mxfp4"])
+def test_ggufs_order_is_of_mxfp4_alone(tmp_path, rng, producer):
+    tensors, config, metadata, _ = made(rng, producer)
+    with pytest.raises(CheckpointError, match="which GGUF's nibble order is not for"):
+        load_mla_layer(write_checkpoint(tmp_path, tensors, config, metadata), 0, nibble_order="gguf")
 
 
 @pytest.mark.bad_input

@@ -15,9 +15,11 @@ from checkpoints import CONFIG, PREFIX, layer_tensors, raw_file, write_checkpoin
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_fp4_jax import CheckpointError, MLAAttention, load_mla_layer
-from mla_fp4_jax.checkpoint import SafetensorsFile, write_safetensors
+from mla_fp4_jax import CheckpointError, MLAAttention, load_mla_layer, load_mla_layers
+from mla_fp4_jax.checkpoint import SafetensorsFile, safetensors, write_safetensors
 from mla_fp4_jax.checkpoint.header import parse_header
+from mla_fp4_jax.checkpoint.inspection import inspect_checkpoint
+from mla_fp4_jax.checkpoint.plan import open_checkpoint
 
 pytestmark = pytest.mark.bad_input
 INDEX = "model.safetensors.index.json"
@@ -84,6 +86,9 @@ HEADERS = {
     "hole": (two((0, 1), (2, 4)), "hole"),
     "hole at the start": (one(shape=[3], offsets=[1, 4]), "hole"),
     "bytes left over": (one(shape=[3], offsets=[0, 3]), "1 bytes belong to none"),
+    "a name that forges a line": ({"x\nall is well": one()["x"]}, r"printable.*'x\\nall is well'"),
+    "a name that is no text": ({"x\ud800": one()["x"]}, r"printable.*'x\\ud800'"),
+    "a name of 2000 characters": ({"x" * 2000: one()["x"]}, "at most 1024 characters"),
     "metadata is a list": ({"__metadata__": [], **one()}, "strings to strings"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, **one()}, "strings to strings"),
 }
@@ -525,3 +530,37 @@ def test_any_mutation_of_any_format_loads_or_is_refused(tmp_path_factory, data):
         assert str(root) in str(error) and len(str(error)) < 3000
     else:
         assert layer.weights.kv_b_proj.shape == (3, 48, 64)
+
+
+def test_a_broken_shard_is_parsed_once(tmp_path, rng, monkeypatch):
+    """Each of many layers names it; its header may take a second to refuse."""
+    tensors = {}
+    for i in range(5):
+        tensors |= layer_tensors(rng, prefix=f"model.layers.{i}.self_attn.")
+    root = write_shards(tmp_path, tensors, shards=1)
+    path = next(root.glob("*.safetensors"))
+    path.write_bytes(raw_file(b"{nonsense"))
+    opened = []
+    original = safetensors.parse_header
+    monkeypatch.setattr(safetensors, "parse_header", lambda *args: (opened.append(args), original(*args))[1])
+    found = inspect_checkpoint(root)["layers"]
+    assert len(opened) == 1 and len(found) == 5
+    assert all(not layer["loads"] and f"{path}: the header" in layer["problem"] for layer in found)
+
+
+def test_an_index_of_ever_more_layers_takes_moments(tmp_path, rng):
+    root = write_shards(tmp_path, layer_tensors(rng), shards=1)
+    index = json.loads((root / "model.safetensors.index.json").read_text())
+    shard = next(iter(index["weight_map"].values()))
+    index["weight_map"] |= {f"model.layers.{i}.self_attn.kv_b_proj.weight": shard for i in range(5000, 200_000)}
+    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert len(open_checkpoint(root).names.layers) == 5001  # numbers of 5 digits are no layers
+    assert len(load_mla_layers(root)) == 1
+
+
+@pytest.mark.parametrize(("text", "match"), [('{"quantization": 3}', "must be an object"), ("{", "not JSON")])
+def test_a_bad_hf_quant_config_is_named(tmp_path, rng, text, match):
+    root = write_checkpoint(tmp_path, layer_tensors(rng))
+    (root / "hf_quant_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"hf_quant_config\.json.*{match}"):
+        load_mla_layer(root, 0)

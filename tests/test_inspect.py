@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import oracle
 import pytest
 from checkpoints import CONFIG, DATA, PREFIX, layer_tensors, write_checkpoint
 from producers import PRODUCERS
 
+from mla_fp4_jax import CheckpointError, load_mla_layer
 from mla_fp4_jax.checkpoint.inspection import inspect_checkpoint
 from mla_fp4_jax.cli import main
 
@@ -28,6 +30,11 @@ Layer 0, 596.4 KiB
 
 kv_b_proj is FP4 in 1 of 1 layers.
 """
+
+
+# What the README promises, whatever the checkpoint.
+LAYER = {"layer", "prefix", "loads", "problem", "weights", "unused", "notes"}
+WEIGHT = set("field module format shape bytes declared excluded load exact packed scales problem".split())
 
 
 def test_the_printed_table(capsys):
@@ -90,6 +97,7 @@ def test_a_layer_that_does_not_load_is_described_all_the_same(tmp_path, rng, cap
     found = inspect_checkpoint(root)["layers"]
     assert [layer["loads"] for layer in found] == [True, False]
     assert name.split(".")[0] in found[1]["problem"]
+    assert all(set(layer) == LAYER and all(set(w) == WEIGHT for w in layer["weights"]) for layer in found)
     assert main(["inspect", str(root)]) == 0
     printed = capsys.readouterr().out
     assert "DOES NOT LOAD" in printed and f"problem: {found[1]['problem']}" in printed
@@ -100,7 +108,40 @@ def test_nan_scales_are_counted_not_raised(tmp_path, rng, capsys):
     tensors = layer_tensors(rng)
     tensors[f"{PREFIX}kv_b_proj.weight_scale"][3:5, 1] = 255
     assert main(["inspect", str(write_checkpoint(tmp_path, tensors))]) == 0
-    assert ", 2 NaN" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ", 2 NaN" in printed and "DOES NOT LOAD" in printed and "2 of its 288 scales are NaN" in printed
+
+
+@pytest.mark.parametrize(
+    ("producer", "suffix", "value"),
+    [
+        ("quark nvfp4", "weight_scale_2", np.float32("nan")),
+        ("compressed-tensors nvfp4", "weight_global_scale", np.zeros(1, np.float32)),
+        ("deepseek fp8", "weight_scale_inv", np.full((2, 1), -1, np.float32)),
+    ],
+)
+def test_scales_that_loading_refuses_are_a_problem(tmp_path, rng, producer, suffix, value):
+    parts, _, _ = PRODUCERS[producer][0](rng, 144, 64)
+    tensors = layer_tensors(rng, kv_b="dense")
+    del tensors[f"{PREFIX}kv_b_proj.weight"]
+    tensors |= {f"{PREFIX}kv_b_proj.{s}": np.asarray(part) for s, part in (parts | {suffix: value}).items()}
+    root = write_checkpoint(tmp_path, tensors)
+    (layer,) = inspect_checkpoint(root)["layers"]
+    assert not layer["loads"] and f"kv_b_proj.{suffix} must be finite" in layer["problem"]
+    with pytest.raises(CheckpointError, match=f"kv_b_proj.{suffix} must be finite"):
+        load_mla_layer(root, 0)
+
+
+@pytest.mark.parametrize("producer", ["quark nvfp4", "compressed-tensors nvfp4"])
+def test_printed_scales_are_those_that_multiply_codes(tmp_path, rng, capsys, producer):
+    parts, _, _ = PRODUCERS[producer][0](rng, 144, 64)
+    tensors = layer_tensors(rng, kv_b="dense")
+    del tensors[f"{PREFIX}kv_b_proj.weight"]
+    tensors |= {f"{PREFIX}kv_b_proj.{s}": np.asarray(part) for s, part in parts.items()}
+    assert main(["inspect", str(write_checkpoint(tmp_path, tensors))]) == 0
+    scales = oracle.e4m3(parts["weight_scale"].view(np.uint8))
+    scales = scales * float(parts.get("weight_scale_2", 1)) / float(parts.get("weight_global_scale", [1])[0])
+    assert f"  {scales.min():.3g} .. {scales.max():.3g}  " in capsys.readouterr().out
 
 
 def test_alike_layers_are_printed_together(tmp_path, rng, capsys):

@@ -23,6 +23,7 @@ from mla_fp4_jax.quantize import LEAST_ERROR, MXFP4_GROUP, SCALE_RULES
 REPORT_FILE = "mla_fp4_report.json"
 REWRITTEN = (CONFIG_FILE, HF_QUANT_CONFIG_FILE, REPORT_FILE)
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+UNQUANTISED = (*PLAIN_DTYPES, "F64", "I64", "BOOL")
 RULES = (*SCALE_RULES, LEAST_ERROR)
 
 
@@ -237,7 +238,7 @@ def _other_modules(conversion: Conversion) -> dict[str, bool]:
             module, _, suffix = name.rpartition(".")
             if module in conversion.jobs or len(entry.shape) < 2:
                 continue
-            quantised = entry.dtype not in PLAIN_DTYPES
+            quantised = entry.dtype not in UNQUANTISED
             if suffix == "weight" or quantised:
                 found[module] = found.get(module, False) or quantised
     return found

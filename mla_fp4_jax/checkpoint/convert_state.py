@@ -42,7 +42,10 @@ class ConvertState:
             name: _stamp(checkpoint.root / name) for name in [*checkpoint.file_names, checkpoint.config_path.name]
         }
         of = {"source": str(checkpoint.root.resolve()), "files": files, "options": options}
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be written to ({error.strerror}).") from error
         if directory.resolve() == checkpoint.root.resolve():
             raise CheckpointError(f"{directory}: the target must be another directory than the source.")
         path = directory / STATE_FILE

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp4_jax.checkpoint.header import TensorEntry
+from mla_fp4_jax.checkpoint.header import TensorEntry, check_name
 from mla_fp4_jax.checkpoint.safetensors import SafetensorsFile, open_regular
 from mla_fp4_jax.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, quoted
 from mla_fp4_jax.errors import CheckpointError
@@ -51,6 +51,7 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{given}: cannot be read ({error.strerror}).") from error
         self._files: dict[str, SafetensorsFile] = {}
+        self._broken: dict[str, str] = {}
         self.index_name = main.name if main.name.endswith(INDEX_SUFFIX) else None
         if main.name.endswith(INDEX_SUFFIX):
             self._file_names = _read_index(contained(self.root, main.name))
@@ -82,8 +83,14 @@ class Checkpoint:
 
     def open(self, file_name: str) -> SafetensorsFile:
         """One of the files."""
+        if file_name in self._broken:  # not to be parsed again for every tensor
+            raise CheckpointError(self._broken[file_name])
         if file_name not in self._files:
-            self._files[file_name] = SafetensorsFile(contained(self.root, file_name))
+            try:
+                self._files[file_name] = SafetensorsFile(contained(self.root, file_name))
+            except CheckpointError as error:
+                self._broken[file_name] = str(error)
+                raise
         return self._files[file_name]
 
     def metadata_of(self, name: str) -> dict[str, str]:
@@ -188,6 +195,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: must have a weight_map from tensor names to shard files.")
     for name, shard in weight_map.items():
+        check_name(name, str(path))
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path}: tensor {quoted(name)} must be in a .safetensors file; got {quoted(shard)}."

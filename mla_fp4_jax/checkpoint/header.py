@@ -12,6 +12,7 @@ from mla_fp4_jax.errors import CheckpointError
 METADATA_KEY = "__metadata__"
 MAX_RANK = 32  # half of what NumPy can hold; weights have 2 or 3 axes
 MAX_ELEMENTS = 1 << 60
+LONGEST_NAME = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ def parse_header(raw: bytes, data_bytes: int, file: str) -> tuple[dict[str, Tens
         raise CheckpointError(f"{file}: the header must begin with '{{'; got {quoted(raw[:8])}. Is it safetensors?")
     parsed = parse_object(raw, f"{file}: the header")
     metadata = _metadata(parsed.pop(METADATA_KEY, None), file)
+    for name in parsed:
+        check_name(name, f"{file}: the header")
     entries = [_entry(name, value, file) for name, value in parsed.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 0
@@ -70,6 +73,14 @@ def parse_header(raw: bytes, data_bytes: int, file: str) -> tuple[dict[str, Tens
     if position != data_bytes:
         raise CheckpointError(f"{file}: tensors must fill the file; {data_bytes - position} bytes belong to none.")
     return {entry.name: entry for entry in entries}, metadata
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise CheckpointError for a tensor's name that could not be shown as it is: messages and reports hold names."""
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{where}: a tensor's name must be printable, of at most {LONGEST_NAME} characters; got {quoted(name)}."
+        )
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:

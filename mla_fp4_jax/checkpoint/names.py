@@ -42,7 +42,7 @@ ACTIVATION_SUFFIXES = (
 )
 
 _LAYER = re.compile(
-    r"^(?P<prefix>(?:.*\.)?layers\.(?P<layer>[0-9]{1,6})\.(?:self_attn|attn)\.(?:(?P<part>[01])\.)?)(?P<rest>.+)$"
+    r"^(?P<prefix>(?:.*\.)?layers\.(?P<layer>[0-9]{1,4})\.(?:self_attn|attn)\.(?:(?P<part>[01])\.)?)(?P<rest>.+)$"
 )
 LATENT_MODULES = ("kv_b_proj.", "kv_a_proj_with_mqa.", "wkv_b.", "wkv_a.")
 

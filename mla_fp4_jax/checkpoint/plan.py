@@ -13,10 +13,15 @@ from jax.typing import DTypeLike
 
 from mla_fp4_jax.checkpoint.dense import DTYPES as DENSE_DTYPES
 from mla_fp4_jax.checkpoint.dense import READER as DENSE
-from mla_fp4_jax.checkpoint.directory import Checkpoint
+from mla_fp4_jax.checkpoint.directory import HF_QUANT_CONFIG_FILE, Checkpoint
 from mla_fp4_jax.checkpoint.names import BIASES, LayerNames, is_activation_scale, module_and_suffix, tensors_of
 from mla_fp4_jax.checkpoint.placement import CodeBuffers, Placement
-from mla_fp4_jax.checkpoint.quantization import NOTHING, QuantizationConfig, read_quantization
+from mla_fp4_jax.checkpoint.quantization import (
+    NOTHING,
+    QuantizationConfig,
+    find_quantization_config,
+    read_quantization,
+)
 from mla_fp4_jax.checkpoint.readers import find_reader
 from mla_fp4_jax.checkpoint.stored import Reader, StoredWeight
 from mla_fp4_jax.config import MLAConfig
@@ -170,10 +175,13 @@ def open_checkpoint(path: str | os.PathLike[str], nibble_order: str = "linear") 
         )
     checkpoint = Checkpoint(path)
     model = read_hf_config(checkpoint.config, str(checkpoint.config_path))
+    hf_quant_config = checkpoint.hf_quant_config
     try:
-        quantization = read_quantization(checkpoint.config, checkpoint.hf_quant_config)
+        quantization = read_quantization(checkpoint.config, hf_quant_config)
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.config_path}: {error}") from None
+        in_config = hf_quant_config is None or find_quantization_config(checkpoint.config) is not None
+        where = checkpoint.config_path if in_config else checkpoint.root / HF_QUANT_CONFIG_FILE
+        raise CheckpointError(f"{where}: {error}") from None
     names = LayerNames(checkpoint, model.attentions_per_layer)
     return OpenCheckpoint(checkpoint, model, quantization, names, nibble_order == "gguf")
 
