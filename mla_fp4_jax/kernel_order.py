@@ -7,12 +7,14 @@ import functools
 
 import jax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array, to_fragment_order
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.sharding import MLASharding
 from mla_fp4_jax.weights import MLAWeights
+from pallas_kernels import fragments
 from pallas_kernels.fragments import FragmentOrder
 
 
@@ -38,14 +40,30 @@ def order_for_device(
     kv_b = weights.kv_b_proj
     if not isinstance(kv_b, FP4Array) or isinstance(kv_b.scales, Tracer):
         return weights
-    if kv_b.fragment_order_why_not(config.qk_nope_head_dim) is not None:
-        return weights
-    return dataclasses.replace(weights, kv_b_proj=_ordered(kv_b, config.qk_nope_head_dim, sharding))
+    return dataclasses.replace(weights, kv_b_proj=ordered(kv_b, "kv_b_proj", config.qk_nope_head_dim, sharding))
 
 
-def _ordered(kv_b: FP4Array, key_rows: int, sharding: MLASharding | None) -> FP4Array:
+def ordered(w: FP4Array, field: str, key_rows: int, sharding: MLASharding | None = None) -> FP4Array:
+    """A concrete weight in fragment order, or as it is if that order cannot hold it.
+
+    Args:
+        w: of any size and format.
+        field: its name in MLAWeights.
+        key_rows: see FP4Array.in_fragment_order.
+        sharding: where it is. Every device puts its own part in order, so a part's shape has to fit; o_proj, whose
+            columns are split, then has an order of as many column parts.
+    """
     if sharding is None:
-        return kv_b.in_fragment_order(key_rows)
-    spec = sharding.weight_spec("kv_b_proj")
-    local = functools.partial(to_fragment_order, order=FragmentOrder(key_rows))
-    return jax.jit(jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False))(kv_b)
+        return w if w.fragment_order_why_not(key_rows) is not None else w.in_fragment_order(key_rows)
+    spec = sharding.weight_spec(field)
+    shape = NamedSharding(sharding.mesh, spec).shard_shape(w.shape)
+    one = FragmentOrder(key_rows)
+    by_head = (1, *shape) if len(shape) == 2 else shape
+    if w.order is not None or w.fragment_order_why_not(key_rows) is not None:
+        return w
+    if fragments.unsupported(by_head, w.group_size, one) is not None:
+        return w
+    local = functools.partial(to_fragment_order, order=one)
+    run = jax.jit(jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    parts = sharding.size("heads") if field == "o_proj" else 1
+    return dataclasses.replace(run(w), order=FragmentOrder(key_rows, parts))
