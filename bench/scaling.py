@@ -122,7 +122,7 @@ def gate_single(run: Run) -> dict:
             sharding=stack.sharding,
         )[0]
     )
-    plain = one_layer(run.config, run.args.packed, run.args.implementation)
+    plain = one_layer(run.config, run.args.packed)
     single = jax.devices()[0]
     whole = LatentCache(
         jax.device_put(cache.entries, single).astype(jnp.float32), jnp.full((4,), keys, jnp.int32), cache.kv_lora_rank

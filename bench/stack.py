@@ -50,12 +50,11 @@ def find_sharding(layout: Layout) -> MLASharding:
 
 
 @functools.lru_cache(maxsize=4)
-def one_layer(config: MLAConfig, packed: bool, implementation: str | None) -> MLAWeights:
-    """Random weights on the first device, kv_b_proj always and the linears perhaps in MXFP4."""
+def one_layer(config: MLAConfig, packed: bool) -> MLAWeights:
+    """Random weights on the first device, in checkpoint order, kv_b_proj always and the linears perhaps in MXFP4."""
     names = ("kv_b_proj", *(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj") if packed else ()))
     formats = dict.fromkeys(names, "mxfp4")
-    weights = jax.jit(lambda: random_weights(config, formats, jnp.bfloat16, nnx.Rngs(0)))()
-    return order_for_device(weights, config, implementation)
+    return jax.jit(lambda: random_weights(config, formats, jnp.bfloat16, nnx.Rngs(0)))()
 
 
 def make_stack(
@@ -63,7 +62,8 @@ def make_stack(
 ) -> Stack:
     """Place one layer and copy it on its devices."""
     sharding = find_sharding(layout)
-    first = place_weights(one_layer(config, packed, implementation), sharding)
+    first = place_weights(one_layer(config, packed), sharding)
+    first = order_for_device(first, config, implementation, sharding)
     where = jax.tree.map(lambda leaf: leaf.sharding, first)
     copy = jax.jit(lambda weights: jax.tree.map(jnp.copy, weights), out_shardings=where)
     return Stack(config, sharding, (first, *(copy(first) for _ in range(layers - 1))), implementation, attention)

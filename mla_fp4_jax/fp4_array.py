@@ -193,7 +193,8 @@ class FP4Array:
             ValueError: weights whose shape or scales that order cannot hold; see fragment_order_why_not.
         """
         if self.order is not None:
-            return self if self.order.key_rows == key_rows else self.in_checkpoint_order().in_fragment_order(key_rows)
+            same = self.order == FragmentOrder(key_rows)
+            return self if same else self.in_checkpoint_order().in_fragment_order(key_rows)
         reason = self.fragment_order_why_not(key_rows)
         if reason is not None:
             raise ValueError(

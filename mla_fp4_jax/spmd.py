@@ -22,6 +22,7 @@ from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.shard import Shard
 from mla_fp4_jax.sharding import LOGICAL, MLASharding
 from mla_fp4_jax.weights import MLAWeights
+from pallas_kernels.fragments import BLOCK
 
 Step = Callable[..., tuple[jax.Array, Cache]]
 
@@ -51,6 +52,8 @@ def place_weights(weights: MLAWeights, sharding: MLASharding) -> MLAWeights:
     Raises:
         ValueError: heads that do not divide, or that would cut a group; see MLASharding.check.
     """
+    fields = [field.name for field in dataclasses.fields(MLAWeights)]
+    weights = MLAWeights(**{name: _divisible(getattr(weights, name), name, sharding) for name in fields})
     specs = weight_specs(weights, sharding)
     return jax.tree.map(lambda leaf, spec: _place(leaf, NamedSharding(sharding.mesh, spec)), weights, specs)
 
@@ -99,6 +102,7 @@ def _run(weights, cache, tokens, *, step: Step, sharding: MLASharding, config: M
 
     def local(weights, cache, tokens):
         x, positions, active = tokens
+        weights = jax.tree.map(_own_part, weights, is_leaf=lambda value: isinstance(value, FP4Array))
         return step(shard, weights, x, cache, local_config, positions, active, **dict(static))
 
     context = jax.sharding.get_abstract_mesh()
@@ -158,6 +162,23 @@ def _full(spec: P, leaf: jax.Array) -> list[tuple[str, ...]]:
     """The spec's axes for each of an array's."""
     entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
     return entries + [()] * (leaf.ndim - len(entries))
+
+
+def _divisible(value: Any, field: str, sharding: MLASharding) -> Any:
+    """A packed weight in an order whose bytes can be split as the sharding says; else in the checkpoint's."""
+    if not isinstance(value, FP4Array) or value.order is None or value.ndim == 3:  # heads have an order each
+        return value
+    parts = sharding.size("heads")
+    column_parts = parts if field == "o_proj" else 1
+    by_rows = field == "o_proj" or sharding.weight_spec(field) == P() or value.shape[0] // parts % BLOCK == 0
+    return value if value.order.column_parts == column_parts and by_rows else value.in_checkpoint_order()
+
+
+def _own_part(value: Any) -> Any:
+    """Of an order that has a part for each device, this device's."""
+    if not isinstance(value, FP4Array) or value.order is None:
+        return value
+    return dataclasses.replace(value, order=dataclasses.replace(value.order, column_parts=1))
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> Any:

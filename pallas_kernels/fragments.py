@@ -43,9 +43,12 @@ class FragmentOrder:
 
     Attributes:
         key_rows: the first so many rows are contracted over rows (k_up_proj), the rest over columns.
+        column_parts: the columns are in so many equal parts, each in this order by itself, so that as many devices
+            can have one each. Kernels take one part.
     """
 
     key_rows: int
+    column_parts: int = 1
 
 
 def unsupported(shape: tuple[int, ...], group: int, order: FragmentOrder) -> str | None:
@@ -54,7 +57,10 @@ def unsupported(shape: tuple[int, ...], group: int, order: FragmentOrder) -> str
         return f"weights must be [H, N, C]; got {len(shape)} axes."
     if group != GROUP:
         return f"groups must be of {GROUP} columns; got {group}."
-    sizes = {"key rows": order.key_rows, "other rows": shape[1] - order.key_rows, "columns": shape[2]}
+    if shape[2] % order.column_parts:
+        return f"{order.column_parts} parts must divide the {shape[2]} columns."
+    columns = shape[2] // order.column_parts
+    sizes = {"key rows": order.key_rows, "other rows": shape[1] - order.key_rows, "columns": columns}
     for name, size in sizes.items():
         if size < 0 or size % BLOCK:
             return f"the number of {name} must be a multiple of {BLOCK}; got {size}."
@@ -65,6 +71,10 @@ def to_fragments(
     codes: UInt8[Array, "H N C"], scales: UInt8[Array, "H N groups"], order: FragmentOrder
 ) -> tuple[UInt8[Array, "H N half"], UInt8[Array, "H N groups"]]:
     """Codes (a byte each) and scale bytes from row-major order; packed bytes and scale bytes in fragment order."""
+    if order.column_parts > 1:
+        parts, whole = order.column_parts, dataclasses.replace(order, column_parts=1)
+        packed, ordered = to_fragments(_parts_to_heads(codes, parts), _parts_to_heads(scales, parts), whole)
+        return _heads_to_parts(packed, parts), _heads_to_parts(ordered, parts)
     heads, rows, columns = codes.shape
     split = order.key_rows
     keys, values = codes[:, :split].swapaxes(1, 2), codes[:, split:]
@@ -82,6 +92,10 @@ def from_fragments(
     packed: UInt8[Array, "H N half"], scales: UInt8[Array, "H N groups"], order: FragmentOrder
 ) -> tuple[UInt8[Array, "H N C"], UInt8[Array, "H N groups"]]:
     """The inverse of to_fragments."""
+    if order.column_parts > 1:
+        parts, whole = order.column_parts, dataclasses.replace(order, column_parts=1)
+        codes, scales = from_fragments(_parts_to_heads(packed, parts), _parts_to_heads(scales, parts), whole)
+        return _heads_to_parts(codes, parts), _heads_to_parts(scales, parts)
     heads, rows, half = packed.shape
     columns, split = 2 * half, order.key_rows
     words = jax.lax.bitcast_convert_type(packed.reshape(heads, -1, 4), jnp.uint32)
@@ -94,6 +108,18 @@ def from_fragments(
     value_scales = value_scales.transpose(0, 1, 5, 2, 3, 4).reshape(heads, rows - split, columns // GROUP)
     key_scales = key_scales.reshape(heads, columns // GROUP, split).swapaxes(1, 2)
     return jnp.concatenate([keys, values], axis=1), jnp.concatenate([key_scales, value_scales], axis=1)
+
+
+def _parts_to_heads(array: Array, parts: int) -> Array:
+    heads, rows, columns = array.shape
+    cut = array.reshape(heads, rows, parts, columns // parts).swapaxes(1, 2)
+    return cut.reshape(heads * parts, rows, columns // parts)
+
+
+def _heads_to_parts(array: Array, parts: int) -> Array:
+    heads, rows, columns = array.shape
+    cut = array.reshape(heads // parts, parts, rows, columns).swapaxes(1, 2)
+    return cut.reshape(heads // parts, rows, parts * columns)
 
 
 def _to_words(codes: UInt8[Array, "H M K"]) -> UInt32[Array, "H words"]:

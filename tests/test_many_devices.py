@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from layers import make_layer, oracle_layer, small_config
 
 from mla_fp4_jax import FP4Array, MLAAttention, MLASharding, init_cache, load_mla_layer, mla_decode
+from mla_fp4_jax.kernel_order import ordered
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 CONFIG4 = small_config(num_attention_heads=4)
@@ -353,20 +354,55 @@ def test_checkpoints_load_to_their_devices(tmp_path, rng):
     np.testing.assert_allclose(run(layer, x)[0], expected, atol=2e-6 * np.abs(expected).max() + 1e-5, rtol=0)
 
 
-def test_fragment_order_is_made_shard_by_shard():
-    """What a Hopper GPU's layer holds; the order is one within each head, so shards and whole are the same bytes."""
-    from mla_fp4_jax.kernel_order import _ordered
-
-    config = small_config(num_attention_heads=4, qk_nope_head_dim=64, v_head_dim=64, kv_lora_rank=128)
-    plain = make_layer(config).weights.kv_b_proj
+def test_fragment_order_is_made_shard_by_shard(x):
+    """What a Hopper GPU's layer holds. Heads have an order each; o_proj's columns one for each device's part."""
+    config = small_config(
+        hidden_size=128, num_attention_heads=4, qk_nope_head_dim=64, v_head_dim=64, kv_lora_rank=128, q_lora_rank=64
+    )
+    formats = {"linear_formats": {"o_proj": "mxfp4", "q_b_proj": "mxfp4"}}
+    plain = make_layer(config, **formats)
     for kind in (AUTO, EXPLICIT):
         sharding = MLASharding(mesh(kind), heads="t")
-        layer = MLAAttention(config, dtype=jnp.float32, rngs=nnx.Rngs(0), sharding=sharding)
-        ordered, expected = _ordered(layer.weights.kv_b_proj, 64, "kv_b_proj", sharding), plain.in_fragment_order(64)
-        assert ordered.order == expected.order
-        assert {s.data.shape for s in ordered.codes.addressable_shards} == {(2, 128, 128)}
-        for a, b in zip(jax.tree.leaves(ordered), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        layer = spread(plain, sharding)
+        w, whole = layer.weights, plain.weights
+        kv_b, o_proj = ordered(w.kv_b_proj, "kv_b_proj", 64, sharding), ordered(w.o_proj, "o_proj", 0, sharding)
+        q_b = ordered(w.q_b_proj, "q_b_proj", 0, sharding)
+        assert q_b.order is None  # 144 rows on a device, no multiple of 64
+        assert {s.data.shape for s in kv_b.codes.addressable_shards} == {(2, 128, 128)}
+        same(kv_b, whole.kv_b_proj.in_fragment_order(64))
+        assert o_proj.order.column_parts == 2
+        for shard in o_proj.codes.addressable_shards:
+            columns = shard.index[1]
+            part = FP4Array.from_packed(
+                whole.o_proj.packed[:, columns.start // 2 : columns.stop // 2],
+                whole.o_proj.scales[:, columns.start // 32 : columns.stop // 32],
+            )
+            np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(part.in_fragment_order().codes))
+        # It knows the way back, and the step does not care.
+        if kind == AUTO:
+            same(o_proj.in_checkpoint_order(), whole.o_proj)
+        weights = dataclasses.replace(w, kv_b_proj=kv_b, o_proj=o_proj)
+        reordered = MLAAttention(config, weights=weights, dtype=jnp.float32, sharding=sharding)
+        assert reordered.weights.o_proj.order == o_proj.order
+        wide = jnp.concatenate([x, x[..., :32]], -1)
+        np.testing.assert_array_equal(run(reordered, wide)[0], run(layer, wide)[0])
+
+
+def same(a: FP4Array, b: FP4Array) -> None:
+    assert a.order == b.order
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_an_order_that_cannot_be_split_is_undone(x):
+    """A layer that one device has put in order, spread over two: o_proj's whole order is no order of its parts."""
+    config = small_config(hidden_size=128, num_attention_heads=4, v_head_dim=64, kv_lora_rank=128)
+    plain = make_layer(config, linear_formats={"o_proj": "mxfp4"})
+    weights = dataclasses.replace(plain.weights, o_proj=plain.weights.o_proj.in_fragment_order())
+    layer = MLAAttention(config, weights=weights, dtype=jnp.float32, sharding=MLASharding(mesh(), heads="t"))
+    assert layer.weights.o_proj.order is None
+    same(layer.weights.o_proj, plain.weights.o_proj)
+    assert MLAAttention(config, weights=weights, sharding=MLASharding(mesh(), batch="d")).weights.o_proj.order
 
 
 # Refusals

@@ -152,6 +152,8 @@ def _why_not(name: str, x: Array, w: FP4Array, call: _Call) -> str | None:
     if name == MOSAIC:
         if w.order is None:
             return "w is not in fragment order; see FP4Array.in_fragment_order."
+        if w.order.column_parts > 1:
+            return f"w's columns are in {w.order.column_parts} parts, for as many devices."
         if call.out_dtype != jnp.bfloat16:
             return f"it returns bfloat16; {call.out_dtype} is asked for."
         operands = {"contract": call.contract, "rows": call.rows, "x_columns": call.x_columns}
