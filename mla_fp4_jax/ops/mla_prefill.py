@@ -22,8 +22,8 @@ EXPANDED_ELEMENTS = 1 << 29
 # Fewer keys at a time than this are not worth a merge.
 LEAST_KEYS = 2048
 # By implementation, the (dtype, P, R, V) at which a GPU has confirmed its present code: None takes it only there.
-# The Mosaic kernel was right on an H100, and faster than cuDNN's padded attention (bench/results), but the first loads
-# of its ring have changed since: add it once tests/test_prefill_gpu.py has passed.
+# The Mosaic kernel was right on an H100, and faster than cuDNN's padded attention (bench/results), but the first
+# loads of its ring have changed since: add it once tests/test_prefill_gpu.py has passed.
 _CONFIRMED: dict[str, set[tuple[str, int, int, int]]] = {TRITON: {("bfloat16", 128, 64, 128)}}
 
 Expand = Callable[[Float[Array, "B K L"]], Float[Array, "B K H PV"]]
