@@ -62,9 +62,8 @@ def test_blocks_of_slots_are_merged(rng, case, small_blocks):
     check(*run(built, "triton_interpret"), case, built)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(rng, dtype, small_blocks):
-    case = Case((70, 9, 0), 40, dtype=dtype)
+def test_half_precision(rng, small_blocks):
+    case = Case((70, 9, 0), 40, dtype="bfloat16")
     built = build(case, rng)
     check(*run(built, "triton_interpret"), case, built)
 
@@ -75,14 +74,14 @@ def test_a_page_that_does_not_exist_is_not_seen(rng, used, small_blocks):
     case = Case((40, 20), 20, page=16, capacity=64)
     built = build(case, rng)
     column = 1 if used else 3
-    for bad in (-1, 10**6):
-        lost = dataclasses.replace(built.cache, page_table=built.cache.page_table.at[0, column].set(bad))
-        out, lse = run(built, "triton_interpret", cache=lost)
-        expected, expected_lse = run(built, "xla", cache=lost)
-        np.testing.assert_allclose(out, expected, atol=3e-5)
-        np.testing.assert_allclose(lse, expected_lse, atol=3e-5)
-        assert used == bool(np.abs(np.asarray(out)[0] - built.out[0]).max() > 1e-3)
-        np.testing.assert_allclose(np.asarray(out)[1], built.out[1], atol=3e-5)
+    bad = -1 if used else 10**6
+    lost = dataclasses.replace(built.cache, page_table=built.cache.page_table.at[0, column].set(bad))
+    out, lse = run(built, "triton_interpret", cache=lost)
+    expected, expected_lse = run(built, "xla", cache=lost)
+    np.testing.assert_allclose(out, expected, atol=3e-5)
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-5)
+    assert used == bool(np.abs(np.asarray(out)[0] - built.out[0]).max() > 1e-3)
+    np.testing.assert_allclose(np.asarray(out)[1], built.out[1], atol=3e-5)
 
 
 @pytest.mark.parametrize("visible", [[[2, 40, 9, 0, 30]], [[-3, 7, 7, 41, 1000]]])
@@ -106,7 +105,7 @@ def test_merging_knows_empty_parts():
     assert (np.asarray(merged[0]) == 0).all() and np.isneginf(np.asarray(merged[1])).all()
 
 
-@pytest.mark.parametrize("sizes", [(23,), (8, 15), (1, 1, 21), (16, 6, 1)])
+@pytest.mark.parametrize("sizes", [(23,), (1, 6, 16)])
 def test_a_layer_in_chunks_equals_the_oracle(rng, sizes, small_blocks):
     config = small_config(qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32)
     layer = make_layer(config)
@@ -149,9 +148,9 @@ def test_what_is_expanded_at_once_follows_the_chunk_and_stays_within_memory():
 )
 def test_bad_calls(rng, changes, names):
     built = build(Case((9, 5), 5), rng)
-    implementation = changes.pop("implementation", None)
+    operands = {name: value for name, value in changes.items() if name != "implementation"}
     with pytest.raises(ValueError, match=names):
-        run(built, implementation, **changes)
+        run(built, changes.get("implementation"), **operands)
 
 
 def test_an_implementation_that_cannot_run_says_why(rng):
