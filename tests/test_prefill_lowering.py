@@ -102,10 +102,6 @@ def test_what_is_chosen_follows_confirmation_and_device(monkeypatch):
             assert [name for name, call in kernels.items() if call in text] == chosen
 
 
-def test_triton_is_chosen_at_deepseek_v3s_shapes():
-    assert "__gpu$xla.gpu.triton" in lowered("cuda", operands(1, 4096, 128, 4096))
-
-
 @pytest.mark.aot
 @needs_mosaic
 @pytest.mark.skipif(sm90.why_not() is not None, reason=str(sm90.why_not()))

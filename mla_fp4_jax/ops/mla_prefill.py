@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from mla_fp4_jax import attention
 from mla_fp4_jax.cache import Cache, PagedLatentCache
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, XLA
 from pallas_kernels import mla_prefill_triton as triton
 
 # Expanded keys and values in memory at once, B * K * H * (P + V) elements of q's dtype: 1 GiB in bfloat16.
