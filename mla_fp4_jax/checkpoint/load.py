@@ -117,16 +117,16 @@ def load_planned(
     implementation: str | None,
     *,
     sharding: Sharding | FindSharding | None = None,
-    **reading,
+    buffers: CodeBuffers | None = None,
 ) -> MLAAttention:
-    """Load what plan_mla_layer found; see load_mla_layer, and LayerPlan.read for `reading`."""
+    """Load what plan_mla_layer found; see load_mla_layer, and LayerPlan.read for `buffers`."""
     _check_dtype(dtype)
     if plan.unused:
         logger.info("left out: %s", ", ".join(plan.unused))
     for note in plan.notes:
         logger.info("%s: %s", plan.prefix.rstrip("."), note)
     find = sharding if callable(sharding) else lambda field, shape: sharding
-    weights = plan.read(dtype, sharding=find, **reading)
+    weights = plan.read(dtype, sharding=find, buffers=buffers)
     if sharding is None:
         weights = order_for_device(weights, plan.config, implementation)
     return MLAAttention(plan.config, weights=weights, dtype=dtype, implementation=implementation)
