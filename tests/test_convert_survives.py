@@ -20,6 +20,7 @@ from test_convert import all_tensors, tiny
 from mla_fp4_jax import CheckpointError, load_mla_layer, load_mla_layers
 from mla_fp4_jax.checkpoint import convert, write_safetensors, writer
 from mla_fp4_jax.checkpoint.convert import convert_checkpoint
+from mla_fp4_jax.checkpoint.inspection import inspect_checkpoint
 from mla_fp4_jax.cli import main
 
 KV_B = f"{PREFIX}kv_b_proj"
@@ -165,3 +166,17 @@ def test_ggufs_order_becomes_the_usual_one(tmp_path, rng, blocks, capsys):
     weight = load_mla_layer(tmp_path / "out", 0).weights.kv_b_proj
     assert np.array_equal(np.asarray(weight.dequantize()).reshape(144, 64), expected)
     assert np.array_equal(expected, oracle.dequantize(oracle.unpack(packed), oracle.e8m0(scales)))
+
+
+@pytest.mark.parametrize("method", ["quark", "compressed-tensors"])
+def test_a_second_conversion_adds_to_the_first(tmp_path, rng, method):
+    tensors = tiny(rng) | {"model.layers.0.mlp.down_proj.weight": np.ones((4, 4), np.uint8)}  # stays quantised
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = CONFIG | {"num_hidden_layers": 2, "quantization_config": quantization}
+    source = write_shards(tmp_path / "in", tensors, config=config)
+    convert_checkpoint(source, tmp_path / "once", config=method)
+    convert_checkpoint(tmp_path / "once", tmp_path / "twice", linears="mxfp4", config=method)
+    for layer in inspect_checkpoint(tmp_path / "twice")["layers"]:
+        said = {w["field"]: (w["format"], w["declared"]) for w in layer["weights"] if len(w["shape"]) == 2}
+        assert said.pop("q_b_proj") == ("BF16", "fp8")  # 40 columns
+        assert layer["loads"] and set(said.values()) == {("MXFP4", "mxfp4")}

@@ -119,9 +119,9 @@ def load_planned(
     implementation: str | None,
     *,
     sharding: MLASharding | Sharding | FindSharding | None = None,
-    **reading,
+    buffers: CodeBuffers | None = None,
 ) -> MLAAttention:
-    """Load what plan_mla_layer found; see load_mla_layer, and LayerPlan.read for `reading`."""
+    """Load what plan_mla_layer found; see load_mla_layer, and LayerPlan.read for `buffers`."""
     _check_dtype(dtype)
     if plan.unused:
         logger.info("left out: %s", ", ".join(plan.unused))
@@ -138,7 +138,7 @@ def load_planned(
             return sharding.weight(field)
         return sharding(field, shape) if callable(sharding) else sharding
 
-    weights = plan.read(dtype, sharding=find, **reading)
+    weights = plan.read(dtype, sharding=find, buffers=buffers)
     if sharding is None or rules is not None:
         weights = order_for_device(weights, plan.config, implementation, rules)
     return MLAAttention(plan.config, weights=weights, dtype=dtype, implementation=implementation, sharding=rules)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class CodeBuffers:
 
     def __init__(self) -> None:
         self._empty: dict[tuple, jax.Array] = {}
+        self._lock = threading.Lock()  # lest two threads make the same one
 
     def make(self, packed: np.ndarray, device: Any | None = None) -> jax.Array:
         """Codes [..., C] from uint8 [..., C/2], copied to a jax.Device, or uncommitted to the default one."""
@@ -44,14 +46,16 @@ class CodeBuffers:
     def _filled(self, packed: np.ndarray, device: Any | None) -> jax.Array:
         shape = (*packed.shape[:-1], 2 * packed.shape[-1])
         key = (shape, device, default_device())
-        if key not in self._empty:
-            # Not jnp.zeros, which XLA's CPU back end fills nibble by nibble.
-            self._empty[key] = jax.device_put(np.zeros(shape, FLOAT4), device)
+        with self._lock:
+            if key not in self._empty:
+                # Not jnp.zeros, which XLA's CPU back end fills nibble by nibble.
+                self._empty[key] = jax.device_put(np.zeros(shape, FLOAT4), device)
         return _fill(self._empty[key], packed)
 
 
 def _fill(template: jax.Array, packed: np.ndarray) -> jax.Array:
-    fresh = jax.block_until_ready(_copy(template))
+    # Committed or not as the template is. A jitted copy goes nibble by nibble in jax 0.10.
+    fresh = jax.block_until_ready(jax.device_put(template, may_alias=False))
     pointer = fresh.unsafe_buffer_pointer()
     if pointer == template.unsafe_buffer_pointer():
         raise RuntimeError("a copy that is none")
@@ -71,11 +75,6 @@ def _cpu_memory_is_packed(device: Any) -> bool:
         logger.info("packed codes are viewed by XLA, which is slow on a CPU: %s", error)
         return False
     return works
-
-
-@jax.jit
-def _copy(codes: jax.Array) -> jax.Array:
-    return jnp.copy(codes)
 
 
 @jax.jit

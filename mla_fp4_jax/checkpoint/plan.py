@@ -96,7 +96,6 @@ class LayerPlan:
         *,
         sharding: FindSharding = lambda field, shape: None,
         buffers: CodeBuffers | None = None,
-        progress: Callable[[int], object] = lambda nbytes: None,
     ) -> MLAWeights:
         """Every weight on its device: dense ones in `dtype`, FP4 ones as the checkpoint's own bytes.
 
@@ -104,7 +103,6 @@ class LayerPlan:
             dtype: of dense weights.
             sharding: of a field with this shape; None for the default device.
             buffers: shared by the layers of a load.
-            progress: told the bytes of each weight once it is read.
 
         Raises:
             CheckpointError: a value that is not finite, or a file that changed meanwhile.
@@ -115,7 +113,6 @@ class LayerPlan:
         for planned in self.weights:
             placement = Placement(planned.shape, sharding(planned.field, planned.shape), buffers)
             values[planned.field] = planned.reader.read(planned.stored, dtype, placement)
-            progress(planned.nbytes)
         jax.block_until_ready(values)  # the files must last until their bytes are on the device
         self.checkpoint.check_unchanged()
         return MLAWeights(**values)

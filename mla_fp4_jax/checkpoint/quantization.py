@@ -7,7 +7,7 @@ config keys that AMD Quark 0.13, compressed-tensors 0.19, ModelOpt 0.47, AutoRou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mla_fp4_jax.checkpoint.patterns import Patterns
@@ -15,6 +15,8 @@ from mla_fp4_jax.checkpoint.strict_json import quoted
 from mla_fp4_jax.errors import CheckpointError
 
 DEEPSEEK_BLOCK = (128, 128)
+# Where `mla-fp4 convert` describes its modules if a config of another method stays in charge of other tensors.
+OWN_KEY = "mla_fp4_quantization_config"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +47,19 @@ class QuantizationConfig:
         rules: patterns, and what they say.
         default: of all other linears.
         activations: whether activations or caches were meant to be quantised too, which this library does not do.
+        added: what `mla-fp4 convert` says under a key of its own of modules that the rest lists as excluded.
     """
 
     method: str | None = None
     rules: tuple[tuple[Patterns, Declared], ...] = ()
     default: Declared = NOTHING
     activations: bool = False
+    added: QuantizationConfig | None = None
 
     def declared(self, module: str) -> Declared:
         """What the config says of a module, "model.layers.0.self_attn.kv_b_proj"."""
+        if self.added is not None and self.added.declared(module).format == "mxfp4":
+            return self.added.declared(module)
         for patterns, declared in self.rules:
             if patterns.match(module):
                 return declared
@@ -66,7 +72,12 @@ def read_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, A
     Raises:
         CheckpointError: values of the wrong type, or patterns that cannot be understood.
     """
-    found = find_quantization_config(config)
+    read = _read(find_quantization_config(config), hf_quant_config)
+    added = find_quantization_config(config, (OWN_KEY,))
+    return read if added is None else dataclasses.replace(read, added=_read(added, None))
+
+
+def _read(found: Mapping[str, Any] | None, hf_quant_config: Mapping[str, Any] | None) -> QuantizationConfig:
     if found is None and hf_quant_config is not None:
         inner = hf_quant_config.get("quantization", hf_quant_config)
         found = {"quant_method": "modelopt", **_object("quantization", inner)}
@@ -85,10 +96,12 @@ def read_quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, A
         raise CheckpointError(f"quantization_config: {error}") from None
 
 
-def find_quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def find_quantization_config(
+    config: Mapping[str, Any], keys: Sequence[str] = ("quantization_config", "compression_config")
+) -> Mapping[str, Any] | None:
     """The quantization_config of a config, or of the language model in it; None without one."""
     for part in (config, config.get("text_config"), config.get("language_config")):
-        for key in ("quantization_config", "compression_config"):
+        for key in keys:
             if isinstance(part, Mapping) and part.get(key) is not None:
                 return _object(key, part[key])
     return None

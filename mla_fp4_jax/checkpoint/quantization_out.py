@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mla_fp4_jax.checkpoint.patterns import Patterns
+from mla_fp4_jax.checkpoint.quantization import OWN_KEY
 
 QUARK, COMPRESSED_TENSORS = "quark", "compressed-tensors"
 METHODS = (QUARK, COMPRESSED_TENSORS)
 SUFFIXES = {QUARK: ("weight", "weight_scale"), COMPRESSED_TENSORS: ("weight_packed", "weight_scale")}
-# Where a config of neither method stays in charge of other tensors.
-OWN_KEY = "mla_fp4_quantization_config"
 _EXCLUDED = {"fp8": "modules_to_not_convert", "mxfp4": "modules_to_not_convert", QUARK: "exclude"}
 _ROUNDING = {"mse": "even"}  # what the nearest of Quark's own modes is called; decoding does not depend on it
 
@@ -57,13 +56,16 @@ def converted_config(
         return result, None
     if found:
         _exclude(found, generalised(converted, others))
-    make = _new_quark if method == QUARK else _new_compressed_tensors
-    holder[OWN_KEY] = make(scale_rule, converted, others)
+    own = holder.get(OWN_KEY)
+    if own and own.get("quant_method") == method:  # of an earlier conversion
+        (_add_to_quark if method == QUARK else _add_to_compressed_tensors)(own, scale_rule, converted, others)
+    else:
+        make = _new_quark if method == QUARK else _new_compressed_tensors
+        holder[OWN_KEY] = make(scale_rule, converted, others)
     return result, (
         f"other tensors keep their {found.get('quant_method') if found else 'modelopt'} quantisation, which a "
         f"{method} config cannot describe: {'quantization_config' if found else 'hf_quant_config.json'} lists the "
-        f"converted modules as excluded and {OWN_KEY} describes them; this library goes by the tensors, other tools "
-        "may not"
+        f"converted modules as excluded and {OWN_KEY} describes them; this library reads both, other tools may not"
     )
 
 
