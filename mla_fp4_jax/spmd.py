@@ -98,7 +98,9 @@ def on_every_device(
 def _run(weights, cache, tokens, *, step: Step, sharding: MLASharding, config: MLAConfig, static: tuple):
     heads = config.num_attention_heads // sharding.size("heads")
     local_config = dataclasses.replace(config, num_attention_heads=heads)
-    shard = Shard(sharding.names("heads"), sharding.names("context"))
+    shard = Shard(
+        *(tuple(n for n in sharding.names(of) if sharding.mesh.shape[n] > 1) for of in ("heads", "context"))
+    )
 
     def local(weights, cache, tokens):
         x, positions, active = tokens
