@@ -434,6 +434,14 @@ def test_no_head_is_cut():
 
 
 @pytest.mark.bad_input
+def test_more_devices_than_heads():
+    weights, cache = make_layer(CONFIG4).weights, init_cache(CONFIG4, 2, 8, dtype=jnp.float32)
+    sharding = MLASharding(mesh(AUTO, (8,), ("t",)), heads="t")
+    with pytest.raises(ValueError, match=r"num_attention_heads = 4; got size 8\. Legal sizes: \[1, 2, 4\]"):
+        mla_decode(weights, jnp.ones((2, 1, 96)), cache, CONFIG4, dtype=jnp.float32, sharding=sharding)
+
+
+@pytest.mark.bad_input
 def test_no_scale_group_is_cut():
     config = small_config(num_attention_heads=8, v_head_dim=8)  # 64 columns of o_proj, two groups
     plain = make_layer(config, linear_formats={"o_proj": "mxfp4"})
