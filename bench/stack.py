@@ -112,7 +112,10 @@ def compiled_step(stack: Stack):
     config, sharding = stack.config, stack.sharding  # not the stack, whose weights JAX's caches would keep
     implementation, attention = stack.implementation, stack.attention
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    # h comes back as it lay, so that the second call is not compiled anew.
+    @functools.partial(
+        jax.jit, donate_argnums=(1, 2), out_shardings=(NamedSharding(sharding.mesh, sharding.tokens_spec), None)
+    )
     def step(weights, h, caches):
         after = []
         for layer, cache in zip(weights, caches, strict=True):

@@ -96,9 +96,12 @@ def on_every_device(
 
 @functools.partial(jax.jit, static_argnames=("step", "sharding", "config", "static"))
 def _run(weights, cache, tokens, *, step: Step, sharding: MLASharding, config: MLAConfig, static: tuple):
+    sharding.check(config, group_sizes(weights))
     heads = config.num_attention_heads // sharding.size("heads")
     local_config = dataclasses.replace(config, num_attention_heads=heads)
-    shard = Shard(sharding.names("heads"), sharding.names("context"))
+    shard = Shard(
+        *(tuple(n for n in sharding.names(of) if sharding.mesh.shape[n] > 1) for of in ("heads", "context"))
+    )
 
     def local(weights, cache, tokens):
         x, positions, active = tokens
@@ -110,7 +113,6 @@ def _run(weights, cache, tokens, *, step: Step, sharding: MLASharding, config: M
     ours = {name for logical in LOGICAL for name in sharding.names(logical)}
     if manual and ours <= manual:
         return local(weights, cache, tokens)
-    sharding.check(config, group_sizes(weights))
     if not manual:
         sharding.check_batch(tokens[0].shape[0])
         sharding.check_capacity(cache.capacity)
