@@ -45,6 +45,7 @@ class MLAAttention(nnx.Module):
         linear_formats: Mapping[str, str] | None = None,
         dtype: DTypeLike = jnp.bfloat16,
         implementation: str | None = None,
+        attention_implementation: str | None = None,
         sharding: MLASharding | None = None,
         rngs: nnx.Rngs | None = None,
     ):
@@ -59,6 +60,8 @@ class MLAAttention(nnx.Module):
                 named.
             dtype: compute dtype, and that of random dense weights and of the cache.
             implementation: of the FP4 products; see fp4_bmm.
+            attention_implementation: of the attention between them, in prefill (see ops.mla_prefill_attention) and in
+                decode (see ops.mla_decode). Both attributes may be set later, as on a layer that was loaded.
             sharding: how weights and caches lie on many devices; weights that lie otherwise are placed. None for one.
             rngs: makes random weights from its `params` stream, normal with variance 1 / fan-in.
 
@@ -85,6 +88,7 @@ class MLAAttention(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.implementation = implementation
+        self.attention_implementation = attention_implementation
         self.sharding = sharding
         for field in dataclasses.fields(MLAWeights):
             setattr(self, field.name, _variable(getattr(weights, field.name)))
@@ -138,6 +142,7 @@ class MLAAttention(nnx.Module):
             padding_mask=padding_mask,
             dtype=self.dtype,
             implementation=self.implementation,
+            attention_implementation=self.attention_implementation,
             sharding=self.sharding,
         )
 
@@ -159,6 +164,7 @@ class MLAAttention(nnx.Module):
             lengths=lengths,
             dtype=self.dtype,
             implementation=self.implementation,
+            attention_implementation=self.attention_implementation,
             sharding=self.sharding,
         )
 

@@ -62,6 +62,20 @@ def test_prefill_then_decode_matches_the_oracle(rng, variant):
         np.testing.assert_allclose(cache.k_rope[b], k_rope, atol=ATOL, rtol=0)
 
 
+def test_the_attention_named_is_the_one_that_runs(rng):
+    """Triton's interpreter for prefill and decode, also when it is named on a layer that exists."""
+    config = small_config(kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+    layer = make_layer(config, attention_implementation="triton_interpret")
+    x = inputs(rng, 1, 3, config)
+    y, _ = run(layer, x, decode_from=2)
+    np.testing.assert_allclose(y[0], oracle_layer(layer, x[0])[0], atol=ATOL, rtol=0)
+    layer.attention_implementation = "mosaic_gpu"
+    with pytest.raises(NotImplementedError, match="mla_prefill.*GPU"):
+        layer.prefill(x, layer.init_cache(1, 4))
+    with pytest.raises(NotImplementedError, match="mla_decode.*GPU"):
+        layer.decode(x, layer.init_cache(1, 4))
+
+
 @pytest.mark.parametrize("kv_b_format", ["dense", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("linears", ["dense", "mxfp4", "nvfp4"])
 def test_each_projection_may_have_its_own_format(rng, kv_b_format, linears):
