@@ -162,3 +162,14 @@ def test_no_latent_attention_is_said(tmp_path, capsys):
     root = write_checkpoint(tmp_path, {"model.layers.0.self_attn.q_proj.weight": np.zeros((4, 4), np.float32)})
     assert main(["inspect", str(root)]) == 0
     assert "no attention layer with latent projections" in capsys.readouterr().out
+
+
+def test_every_problem_of_a_layer_is_printed(tmp_path, rng, capsys):
+    """A tensor that is missing, and a kv_b_proj that is not what the config calls it."""
+    tensors = layer_tensors(rng)
+    del tensors[f"{PREFIX}q_a_proj.weight"]
+    root = write_checkpoint(tmp_path, tensors, CONFIG | {"quantization_config": {"quant_method": "fp8"}})
+    assert main(["inspect", str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert "q_a_proj.weight [40, 96] is missing" in printed and "is MXFP4 by its tensors, but" in printed
+    assert printed.endswith("kv_b_proj is FP4 in 0 of 1 layers; in 1 it is not read.\n")

@@ -115,6 +115,35 @@ def test_the_default_device_is_obeyed(tmp_path, rng):
     assert all(leaf.devices() == {jax.devices()[1]} for leaf in jax.tree.leaves(layer.weights))
 
 
+def many(root, rng, spoil=lambda tensors: None):
+    """Twelve layers, more than threads."""
+    tensors = {}
+    for i in range(12):
+        tensors |= layer_tensors(rng, prefix=f"model.layers.{i}.self_attn.")
+    spoil(tensors)
+    return write_shards(root, tensors, shards=5, config=CONFIG | {"num_hidden_layers": 12})
+
+
+def test_layers_loaded_in_threads_obey_the_callers_default_device(tmp_path, rng):
+    root, second = many(tmp_path, rng), jax.devices()[1]
+    with jax.default_device(second):
+        layers = load_mla_layers(root)
+    assert all(leaf.devices() == {second} for layer in layers for leaf in jax.tree.leaves(layer.weights))
+    assert not any(leaf.committed for layer in layers for leaf in jax.tree.leaves(layer.weights))
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:2]), ("x",))):
+        layers = load_mla_layers(root, [0, 1, 2])
+    first = jax.devices()[0]
+    assert all(leaf.devices() == {first} for layer in layers for leaf in jax.tree.leaves(layer.weights))
+
+
+@pytest.mark.bad_input
+def test_an_error_in_a_thread_is_raised_as_it_is(tmp_path, rng):
+    name = "model.layers.7.self_attn.kv_b_proj.weight_scale"
+    root = many(tmp_path, rng, lambda tensors: tensors[name].__setitem__((3, 1), 255))
+    with pytest.raises(CheckpointError, match=rf"{name} must not hold 255, e8m0's NaN; found at \[3, 1\]"):
+        load_mla_layers(root)
+
+
 @pytest.mark.parametrize("producer", ["quark mxfp4", "compressed-tensors nvfp4", "deepseek fp8"])
 def test_a_loaded_layer_compiles_ahead_of_time(tmp_path, rng, producer):
     """Weights are uncommitted: jax 0.10 compiles for other layouts than it gives committed float4 arrays."""

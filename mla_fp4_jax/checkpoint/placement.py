@@ -215,5 +215,5 @@ class Placement:
 
 
 def default_device() -> Any:
-    """Where JAX puts new arrays now, jax.default_device considered."""
-    return next(iter(jnp.zeros((), jnp.uint8).devices()))
+    """Where JAX puts new arrays now, jax.default_device considered; within jax.set_mesh the mesh's first device."""
+    return min(jnp.zeros((), jnp.uint8).devices(), key=lambda device: device.id)

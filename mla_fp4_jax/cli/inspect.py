@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from mla_fp4_jax.checkpoint.inspection import inspect_checkpoint
+from mla_fp4_jax.checkpoint.inspection import NOT_READ, inspect_checkpoint
 from mla_fp4_jax.cli.text import human_bytes, table
 
 # Of a weight, all that makes layers alike but for their values.
@@ -73,15 +73,19 @@ def _print_group(group: list[dict[str, Any]]) -> None:
         print(f"  left out: {', '.join(sorted({name.removeprefix(first['prefix']) for name in first['unused']}))}")
     for note in first["notes"]:
         print(f"  note: {note}")
-    if first["problem"] is not None:
-        print(f"  problem: {first['problem']}")
+    for problem in dict.fromkeys([first["problem"], *(weight["problem"] for weight in first["weights"])]):
+        if problem is not None:
+            print(f"  problem: {problem}")
 
 
 def _print_kv_b(layers: list[dict[str, Any]]) -> None:
     kv_b = [weight for layer in layers for weight in layer["weights"] if weight["field"] == "kv_b_proj"]
-    packed = sum(bool(weight.get("packed")) for weight in kv_b)
+    packed = sum(weight["packed"] for weight in kv_b)
+    unread = sum(weight["load"] == NOT_READ for weight in kv_b)
     if kv_b:
-        rest = "" if packed == len(kv_b) else "; loading quantises nothing, mla-fp4 convert makes the rest MXFP4"
+        rest = f"; in {unread} it is not read" if unread else ""
+        if packed + unread < len(kv_b):
+            rest += "; loading quantises nothing, mla-fp4 convert makes the rest MXFP4"
         print(f"\nkv_b_proj is FP4 in {packed} of {len(kv_b)} layers{rest}.")
 
 
