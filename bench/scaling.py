@@ -100,10 +100,10 @@ def layers_for(run: Run, sequences: int, keys: int) -> int:
     return max(1, min(2 if run.args.small else 4, int(CACHE_BYTES // each)))
 
 
-def gate_single(run: Run) -> dict:
+def gate_single(run: Run, packed: bool) -> dict:
     """One device, with the kernels that will be timed, against XLA in float32."""
     keys = 64 if run.args.small else 1024
-    stack = make_stack(run.config, Layout(), 1, run.args.packed, run.args.implementation, run.args.attention)
+    stack = make_stack(run.config, Layout(), 1, packed, run.args.implementation, run.args.attention)
     (cache,) = make_caches(stack, 4, keys)
     h = make_input(stack, 4)
     wide = jax.jit(
@@ -122,7 +122,7 @@ def gate_single(run: Run) -> dict:
             sharding=stack.sharding,
         )[0]
     )
-    plain = one_layer(run.config, run.args.packed)
+    plain = one_layer(run.config, packed)
     single = jax.devices()[0]
     whole = LatentCache(
         jax.device_put(cache.entries, single).astype(jnp.float32), jnp.full((4,), keys, jnp.int32), cache.kv_lora_rank
@@ -243,7 +243,20 @@ def scaled(run: Run, kind: str, sequences: int, keys: int) -> dict:
 
 
 def whole_stack(run: Run, layout: Layout) -> dict:
-    """Every layer of the model, packed, decoding tokens."""
+    """Every layer of the model, packed, decoding tokens; two of them first, against one device."""
+    gate_single(run, packed=True)
+    few = [
+        make_stack(run.config, at, 2, True, run.args.implementation, run.args.attention) for at in (Layout(), layout)
+    ]
+    alone, spread = (
+        compiled_step(stack)(stack.weights, make_input(stack, 4), make_caches(stack, 4, 64))[0] for stack in few
+    )
+    error = relative(np.asarray(spread.astype(jnp.float32)), np.asarray(alone.astype(jnp.float32)))
+    if not error <= LAYER_BOUND * np.sqrt(2):
+        raise RuntimeError(
+            f"two packed layers are {error:.2e} from one device, more than {LAYER_BOUND:.1e}; not timed."
+        )
+    del few, alone, spread
     layers, tokens = (3, 8) if run.args.small else (run.args.layers, STACK_TOKENS)
     keys, sequences = (64, 4) if run.args.small else (STACK_KEYS, STACK_SEQUENCES)
     stack = make_stack(run.config, layout, layers, True, run.args.implementation, run.args.attention)
@@ -266,6 +279,7 @@ def whole_stack(run: Run, layout: Layout) -> dict:
         raise RuntimeError("the output is not finite; its time counts for nothing.")
     stats = [device.memory_stats() or {} for device in jax.devices()[: layout.devices]]
     return {
+        "difference_of_two_layers_from_one_device": error,
         "layers": layers,
         "tokens": tokens,
         "sequences": sequences,
@@ -313,7 +327,7 @@ def main() -> None:
     result = {"environment": environment.describe(args.commit), "options": options, "devices": devices, "rows": []}
     deadline = time.monotonic() + args.seconds
     run = Run(args, SMALL if args.small else DEEPSEEK_V3, devices, deadline, result)
-    run.add("gate", {}, lambda: gate_single(run))
+    run.add("gate", {}, lambda: gate_single(run, args.packed))
     if "error" in result["rows"][0]:
         raise SystemExit(f"bench.scaling: {result['rows'][0]['error']}")
     short, medium, long = (32, 64, 256) if args.small else (4096, 16384, 131072)

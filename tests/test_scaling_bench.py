@@ -38,7 +38,13 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "FLOAT32_BOUND", 0.0)
     with pytest.raises(SystemExit, match="nothing is timed"):
         run_scaling(monkeypatch, tmp_path / "out.json")
-    assert "us" not in (tmp_path / "out.json").read_text()
+    assert '"us"' not in (tmp_path / "out.json").read_text()
+    monkeypatch.undo()
+    monkeypatch.setattr(scaling, "LAYER_BOUND", 0.0)
+    rows = run_scaling(monkeypatch, tmp_path / "out.json")["rows"]
+    for row in rows:
+        if row["kind"] in ("TP", "CP", "stack"):
+            assert "not timed" in row["error"] and "us" not in row and "ms_per_token" not in row
 
 
 def made_from(a: float, b: float, c: float, latency: float, rate: float) -> dict:
