@@ -42,9 +42,18 @@ def order_for_device(
     changed = {"kv_b_proj": _ready(weights.kv_b_proj, "kv_b_proj", config.qk_nope_head_dim, sharding)}
     for field in LINEARS:
         w = getattr(weights, field)
-        if isinstance(w, FP4Array) and fp4_linear_mosaic_gpu.unsupported((1, w.shape[1]), w.shape) is None:
+        if not isinstance(w, FP4Array):
+            continue
+        shape = _on_a_device(w, field, sharding)
+        if fp4_linear_mosaic_gpu.unsupported((1, shape[1]), shape) is None:
             changed[field] = _ready(w, field, 0, sharding)
     return dataclasses.replace(weights, **changed)
+
+
+def _on_a_device(w: FP4Array, field: str, sharding: MLASharding | None) -> tuple[int, ...]:
+    if sharding is None:
+        return w.shape
+    return NamedSharding(sharding.mesh, sharding.weight_spec(field)).shard_shape(w.shape)
 
 
 def _ready(w: jax.Array | FP4Array, field: str, key_rows: int, sharding: MLASharding | None) -> jax.Array | FP4Array:
@@ -65,8 +74,7 @@ def ordered(w: FP4Array, field: str, key_rows: int, sharding: MLASharding | None
     """
     if sharding is None:
         return w if w.fragment_order_why_not(key_rows) is not None else w.in_fragment_order(key_rows)
-    spec = sharding.weight_spec(field)
-    shape = NamedSharding(sharding.mesh, spec).shard_shape(w.shape)
+    spec, shape = sharding.weight_spec(field), _on_a_device(w, field, sharding)
     one = FragmentOrder(key_rows)
     by_head = (1, *shape) if len(shape) == 2 else shape
     if w.order is not None or w.fragment_order_why_not(key_rows) is not None:

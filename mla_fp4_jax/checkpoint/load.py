@@ -79,8 +79,8 @@ def load_mla_layers(
 ) -> list[MLAAttention]:
     """Load the attention layers of a checkpoint, tensor by tensor from the mapped files, straight to their devices.
 
-    Every layer is checked before a byte of any weight is read. Up to four threads load a layer each; beside the
-    result, host memory holds one weight for each of them.
+    Every layer is checked before a byte of any weight is read. Up to four threads load a layer each, one thread all
+    with a sharding; beside the result, host memory holds one weight for each of them.
 
     Args:
         layers: their numbers; None for all of the model's, layers of multi-token prediction left out.
@@ -104,7 +104,8 @@ def load_mla_layers(
         with jax.default_device(device):  # which a thread does not inherit
             return load_planned(plan, dtype, implementation, sharding=sharding, buffers=buffers)
 
-    threads = max(1, min(MOST_THREADS, os.cpu_count() or 1, len(plans)))
+    # With a sharding, looking at a layer's scales runs on all devices together, which must meet them in one order.
+    threads = 1 if sharding is not None else max(1, min(MOST_THREADS, os.cpu_count() or 1, len(plans)))
     loaded: list[MLAAttention] = []
     with bar, ThreadPoolExecutor(threads) as pool:
         for plan, layer in zip(plans, pool.map(load, plans), strict=True):
