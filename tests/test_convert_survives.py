@@ -20,6 +20,7 @@ from test_convert import all_tensors, tiny
 from mla_fp4_jax import CheckpointError, load_mla_layer, load_mla_layers
 from mla_fp4_jax.checkpoint import convert, write_safetensors, writer
 from mla_fp4_jax.checkpoint.convert import convert_checkpoint
+from mla_fp4_jax.checkpoint.convert_state import alone_in
 from mla_fp4_jax.checkpoint.inspection import inspect_checkpoint
 from mla_fp4_jax.cli import main
 
@@ -90,6 +91,16 @@ def test_a_target_that_is_a_file_or_the_source_by_another_name(tmp_path, rng):
     with pytest.raises(CheckpointError, match="must be another directory than the source"):
         convert_checkpoint(source, tmp_path / "alias")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.bad_input
+def test_two_conversions_do_not_write_to_one_target(tmp_path, rng):
+    source, target = write_checkpoint(tmp_path / "in", tiny(rng)), tmp_path / "out"
+    with alone_in(target), pytest.raises(CheckpointError, match="another conversion is writing to it"):
+        convert_checkpoint(source, target)
+    assert list(target.iterdir()) == []
+    convert_checkpoint(source, target)
+    assert (target / "config.json").exists()
 
 
 def test_what_is_not_copied_is_said(tmp_path, rng):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_fp4_jax.checkpoint import quantization_out as out
-from mla_fp4_jax.checkpoint.convert_state import ConvertState
+from mla_fp4_jax.checkpoint.convert_state import ConvertState, alone_in
 from mla_fp4_jax.checkpoint.converted import Converted
 from mla_fp4_jax.checkpoint.dense import DTYPES as PLAIN_DTYPES
 from mla_fp4_jax.checkpoint.directory import CONFIG_FILE, HF_QUANT_CONFIG_FILE, INDEX_SUFFIX, contained
@@ -142,8 +142,16 @@ def convert_checkpoint(
     """
     options = {"kv_b": kv_b, "linears": linears, "scale_rule": scale_rule, "nibble_order": nibble_order}
     conversion = plan_conversion(source, config=config, **options)
-    checkpoint, directory = conversion.opened.checkpoint, Path(target)
     options["config"] = conversion.method
+    with alone_in(Path(target)):
+        return _write(conversion, Path(target), options, progress)
+
+
+def _write(
+    conversion: Conversion, directory: Path, options: dict[str, Any], progress: Callable[[int], object]
+) -> dict[str, Any]:
+    """All files of the target, config.json last; the report."""
+    checkpoint = conversion.opened.checkpoint
     state = ConvertState.open(checkpoint, directory, options)
     left = _copy_other_files(checkpoint.root, directory, set(checkpoint.file_names))
     weight_map: dict[str, str] = {}
@@ -171,7 +179,7 @@ def convert_checkpoint(
     values, remark = out.converted_config(
         checkpoint.config,
         conversion.method,
-        scale_rule,
+        options["scale_rule"],
         list(conversion.jobs),
         list(others),
         others_quantised=any(others.values()),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,36 @@ from mla_fp4_jax.checkpoint.writer import write_json
 from mla_fp4_jax.errors import CheckpointError
 
 STATE_FILE = ".mla_fp4_convert.json"
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Make a directory and keep other conversions out of it, until the end or this process's.
+
+    Raises:
+        CheckpointError: it cannot be made, or another conversion is at work there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written to ({error.strerror}).") from error
+    if os.name != "posix":  # where a directory cannot be locked
+        yield
+        return
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of file systems that know no locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{directory}: another conversion is writing to it. Wait for that one, or name another directory."
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @dataclasses.dataclass
@@ -36,16 +68,12 @@ class ConvertState:
         """Begin, or go on where an earlier run stopped.
 
         Raises:
-            CheckpointError: the directory holds something else, or is the source.
+            CheckpointError: the directory, which exists, holds something else, or is the source.
         """
         files = {
             name: _stamp(checkpoint.root / name) for name in [*checkpoint.file_names, checkpoint.config_path.name]
         }
         of = {"source": str(checkpoint.root.resolve()), "files": files, "options": options}
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{directory}: cannot be written to ({error.strerror}).") from error
         if directory.resolve() == checkpoint.root.resolve():
             raise CheckpointError(f"{directory}: the target must be another directory than the source.")
         path = directory / STATE_FILE
