@@ -28,7 +28,8 @@ KV_B = f"{PREFIX}kv_b_proj"
 
 # Writes slowly, so that a signal finds it in the middle of a shard.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are started without
 from mla_fp4_jax.checkpoint import convert
 original = convert.write_streamed
 def slowly(path, tensors, metadata):
