@@ -8,7 +8,7 @@ Skipped without the packages, which are not among the project's. To run it:
     /tmp/producers/bin/pip install -e .
     /tmp/producers/bin/python -m pytest -W ignore tests/test_round_trips.py
 
-Run on 2026-11-24 with torch 2.13.0+cpu, transformers 5.24.0, compressed-tensors 0.20.0, amd-quark 0.13 and
+Run on 2026-11-25 with torch 2.13.0+cpu, transformers 5.24.0, compressed-tensors 0.20.0, amd-quark 0.13 and
 safetensors 0.8.0 on Python 3.11: 8 passed.
 """
 
