@@ -40,8 +40,6 @@ def order_for_device(
     if implementation not in (None, implementations.MOSAIC) or implementations.why_not(implementations.MOSAIC):
         return weights
     changed = {"kv_b_proj": _ready(weights.kv_b_proj, "kv_b_proj", config.qk_nope_head_dim, sharding)}
-    if implementation is None and ("fp4_linear", implementations.MOSAIC) in implementations.UNCONFIRMED:
-        return dataclasses.replace(weights, **changed)
     for field in LINEARS:
         w = getattr(weights, field)
         if not isinstance(w, FP4Array):

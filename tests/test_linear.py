@@ -73,29 +73,8 @@ def test_dense_is_dequantize_where_there_is_no_kernel(size, key_rows, rng):
         np.testing.assert_array_equal(fp4_dense(w.in_fragment_order(key_rows), dtype), w.dequantize(dtype))
 
 
-@pytest.fixture
-def confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice as it is once every kernel has passed its tests on a GPU."""
-    monkeypatch.setattr(implementations, "UNCONFIRMED", set())
-
-
 @for_hopper
-def test_no_kernel_is_chosen_before_a_gpu_has_confirmed_it(monkeypatch):
-    monkeypatch.setattr(implementations, "UNCONFIRMED", {("fp4_linear", MOSAIC)})
-    few = shape((3, 128), jnp.bfloat16)
-    # A function of its own: jax.jit would remember what was traced for another test.
-    assert kernels(functools.partial(fp4_linear, implementation=None), few, abstract(192, 128)) == 0
-    assert kernels(functools.partial(fp4_linear, implementation=MOSAIC), few, abstract(192, 128)) == 1
-    layer = MLAAttention(CONFIG, linear_formats={"o_proj": "mxfp4"}, implementation=XLA, rngs=nnx.Rngs(0))
-    weights = layer.weights
-    with abstract_gpu():
-        assert order_for_device(weights, CONFIG).o_proj is weights.o_proj
-        o_proj = order_for_device(weights, CONFIG, MOSAIC).o_proj
-    assert isinstance(o_proj, FP4Array) and o_proj.order == FragmentOrder(0)
-
-
-@for_hopper
-def test_few_tokens_take_one_kernel_many_a_dense_matrix(confirmed):
+def test_few_tokens_take_one_kernel_many_a_dense_matrix():
     call = functools.partial(fp4_linear, implementation=None)
     for tokens in (1, 17, MOST_TOKENS, MOST_TOKENS + 1, 4096):
         x = shape((tokens, 128), jnp.bfloat16)
@@ -107,7 +86,7 @@ def test_few_tokens_take_one_kernel_many_a_dense_matrix(confirmed):
 
 
 @for_hopper
-def test_what_the_kernels_do_not_take_goes_elsewhere(confirmed):
+def test_what_the_kernels_do_not_take_goes_elsewhere():
     few = shape((3, 128), jnp.bfloat16)
     assert kernels(fp4_linear, few, abstract(192, 128)) == 1
     assert kernels(fp4_linear, few, abstract(192, 128), platform="cpu") == 0
@@ -190,7 +169,7 @@ CONFIG = MLAConfig(
 
 
 @for_hopper
-def test_a_layers_linears_are_put_in_order_once(confirmed):
+def test_a_layers_linears_are_put_in_order_once():
     formats = {name: "mxfp4" for name in ("o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
     layer = MLAAttention(CONFIG, linear_formats=formats, implementation=XLA, rngs=nnx.Rngs(0))
     weights = layer.weights

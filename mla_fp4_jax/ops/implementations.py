@@ -13,9 +13,6 @@ MOSAIC, TRITON, XLA, INTERPRET = "mosaic_gpu", "triton", "xla", "triton_interpre
 NAMES = (MOSAIC, TRITON, XLA, INTERPRET)
 # What implementation=None may choose, in order of preference.
 PREFERENCE = (MOSAIC, TRITON, XLA)
-# (operation, implementation) that None does not take: not every test on a GPU has passed. Of fp4_linear's two failed
-# between guards, for a reason that was cut off (bench/results); take it out once tests/test_linear_gpu.py has passed.
-UNCONFIRMED = {("fp4_linear", MOSAIC)}
 
 
 def available() -> dict[str, str | None]:

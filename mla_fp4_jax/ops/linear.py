@@ -82,8 +82,6 @@ def _choose(x: Array, w: FP4Array, out_dtype: jnp.dtype, implementation: str | N
     implementations.check_name("fp4_linear", implementation)
     if implementation not in (None, MOSAIC):
         return None
-    if implementation is None and ("fp4_linear", MOSAIC) in implementations.UNCONFIRMED:
-        return None
     reason = _why_not(x, w, out_dtype)
     if reason is None:
         implementations.log_choice("fp4_linear", MOSAIC, "asked for" if implementation else "")

@@ -14,18 +14,16 @@ from jaxtyping import Array, Float, Int
 from mla_fp4_jax import attention
 from mla_fp4_jax.cache import Cache, PagedLatentCache
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
 from pallas_kernels import mla_prefill_triton as triton
 
 # Expanded keys and values in memory at once, B * K * H * (P + V) elements of q's dtype: 1 GiB in bfloat16.
 EXPANDED_ELEMENTS = 1 << 29
 # Fewer keys at a time than this are not worth a merge.
 LEAST_KEYS = 2048
-# By implementation, the (dtype, P, R, V) at which a GPU has confirmed its present code: None takes it only there. On
-# an H100 (bench/results) both kernels passed the bench's gate, and the Mosaic one was faster than cuDNN's padded
-# attention; their tests (tests/test_prefill_gpu.py) were cut off, and the Mosaic one's loads have changed since. Add
-# {name: {("bfloat16", 128, 64, 128)}} once those have passed.
-_CONFIRMED: dict[str, set[tuple[str, int, int, int]]] = {}
+# By implementation, the (dtype, P, R, V) of the tests that it passed on a GPU (tests/test_prefill_gpu.py, an H100):
+# None takes it only there.
+_CONFIRMED = {MOSAIC: {("bfloat16", 128, 64, 128)}, TRITON: {("bfloat16", 128, 64, 128)}}
 
 Expand = Callable[[Float[Array, "B K L"]], Float[Array, "B K H PV"]]
 
@@ -202,7 +200,7 @@ def _choose(q, cache, kv_shape, v_head_dim, implementation) -> tuple[str, str]:
     for name in implementations.PREFERENCE:
         reason = _why_not(name, q, cache, kv_shape, v_head_dim)
         if reason is None and name != XLA and not _confirmed(name, q, kv_shape, v_head_dim):
-            reason = "on such operands its present code awaits a run of its tests on a GPU; name it to use it."
+            reason = "on such operands it has not run on a GPU; name it to use it."
         if reason is None:
             return name, "; ".join(reasons)
         reasons.append(f"{name}: {reason}")
