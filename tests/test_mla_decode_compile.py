@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pathlib
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
