@@ -12,7 +12,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.report import decode, linear, matmul, prefill
+from bench import scaling_plot
+from bench.report import decode, linear, matmul, prefill, scaling
 from bench.report.markdown import origin
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,9 +25,13 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "fp4_linear_sweep": linear.section,
     "mla_decode": decode.section,
     "prefill": prefill.section,
+    "scaling": scaling.section,
 }
 # Ending of a result's name -> what draws it, by the name of the picture.
-PLOTS: dict[str, tuple[str, Callable[[dict, Path], None]]] = {"fp4_bmm": ("fp4_bmm.svg", matmul.plot)}
+PLOTS: dict[str, tuple[str, Callable[[dict, Path], None]]] = {
+    "fp4_bmm": ("fp4_bmm.svg", matmul.plot),
+    "scaling": ("scaling.svg", scaling_plot.draw),
+}
 
 
 def newest(ending: str) -> Path | None:
