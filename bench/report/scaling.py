@@ -13,7 +13,7 @@ def section(result: dict) -> str:
     lines = [
         f"A DeepSeek-V3 attention layer's decode step on {result['devices']} GPUs of one host against one of them, "
         + ("every projection in MXFP4," if packed else "kv_b_proj in MXFP4 and the others in bfloat16,"),
-        "bfloat16 cache of S tokens: wall time of a layer in a donated loop, us. B is of all GPUs, with `batch` of each;",
+        "bfloat16 cache of S tokens: wall time of a layer in a donated loop, us. B: of all, with `batch` of each;",
         "with `heads` every GPU reads the whole cache, so that half the time is out of reach where the cache rules.",
         '"Floor" is the bytes of weights and cache at the datasheet\'s rate, plus the measured all-reduce.',
         "",
