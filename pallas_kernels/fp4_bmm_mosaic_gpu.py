@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from pallas_kernels.backend import target_gpu
 from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes
 from pallas_kernels.fp4_bmm_wgmma import program
-from pallas_kernels.fragments import BLOCK, FragmentOrder
+from pallas_kernels.fragments import BLOCK, GROUP, FragmentOrder
 from pallas_kernels.tuned import tuned_config
 
 NAME = "fp4_bmm_mosaic_gpu"  # in the tuned tables
@@ -30,6 +30,7 @@ def fp4_bmm_mosaic_gpu(
     codes: UInt8[Array, "H N half"],
     scales: UInt8[Array, "H N groups"],
     order: FragmentOrder,
+    global_scale: Float[Array, ""] | None = None,
     *,
     contract: str,
     rows: tuple[int, int],
@@ -41,8 +42,9 @@ def fp4_bmm_mosaic_gpu(
     Args:
         x: bfloat16.
         codes: packed bytes in fragment order.
-        scales: scale bytes likewise, none above 128.
+        scales: scale bytes likewise, e8m0 up to 128 where they are C / 32 a row, e4m3 from 0 to 448 where C / 16.
         order: where the key rows end.
+        global_scale: float32, of NVFP4 alone; None for 1. It multiplies the accumulator.
         contract: "rows" or "columns".
         rows: (first, number): exactly the key rows for "rows", exactly the others for "columns".
         x_columns: (first, number) of x's columns to use.
@@ -64,6 +66,9 @@ def fp4_bmm_mosaic_gpu(
         return jnp.zeros((0, heads, problem.outputs), jnp.bfloat16)
     config = best_config(problem) if config is None else config
     check_config(problem, config)
+    operands = [x, codes, scales]
+    if problem.group != GROUP:
+        operands.append(jnp.ones(1, jnp.float32) if global_scale is None else global_scale.reshape(1))
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
     return mosaic_kernel(
@@ -72,7 +77,7 @@ def fp4_bmm_mosaic_gpu(
         grid=grid(problem, config),
         warpgroups=config.warpgroups,
         shared_memory_bytes=shared_memory_bytes(problem, config),
-    )(x, codes, scales)
+    )(*operands)
 
 
 def unsupported(
@@ -115,6 +120,7 @@ def problem_of(x, codes, scales, order: FragmentOrder, contract: str, first_x: i
         first_code_byte=0 if transposed else split * half,
         head_scale_bytes=total * scales.shape[2],
         first_scale_byte=0 if transposed else split * scales.shape[2],
+        group=columns // scales.shape[2],
     )
 
 
