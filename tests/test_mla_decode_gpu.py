@@ -28,6 +28,8 @@ E4M3_CASES = [
     (full((0, 15, 16, 17, 300, 512), heads=128, page=16, bad_pages=True), 256),
     (full((512, 9), tokens=8, heads=128, page=64), 256),
     (full((4096, 3000, 1, 0), heads=20, page=64), 1024),
+    (full((300, 129, 1), heads=16, page=64, entries_scale=4.0), 256),
+    (full((300, 129, 1), heads=128, entries_scale=2.0**-5), None),
 ]
 CASES = [
     (full((256, 256), heads=64), None),
