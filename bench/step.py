@@ -40,8 +40,8 @@ from bench.step_stages import by_stage, floors, stages_of_kernels
 from bench.step_timing import kernels, loop_us, measure_ceilings, total
 from mla_fp4_jax import MLAConfig, MLAWeights, mla_decode
 from mla_fp4_jax.cache import PagedLatentCache
-from mla_fp4_jax.functional import rms_norm
 from mla_fp4_jax.kernel_order import order_for_device
+from mla_fp4_jax.norm import rms_norm
 
 FP4, FP4_KV_B, DENSE = "fp4", "fp4 kv_b", "xla bf16"
 NAMES = (FP4, FP4_KV_B, DENSE)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from bench.roofline import DEEPSEEK_V3
 from mla_fp4_jax import FP4Array, MLAConfig, MLAWeights
 from mla_fp4_jax.einsum import einsum_f32, einsum_rounded
-from mla_fp4_jax.functional import rms_norm
+from mla_fp4_jax.norm import rms_norm
 from mla_fp4_jax.rope import cos_sin, rotate
 from mla_fp4_jax.weights import weight_shapes
 

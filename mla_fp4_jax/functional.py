@@ -27,8 +27,10 @@ from mla_fp4_jax.cache import Cache
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops.dense import fp4_dense
+from mla_fp4_jax.ops.implementations import XLA
 from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
 from mla_fp4_jax.ops.mla_prefill import mla_prefill_attention
+from mla_fp4_jax.ops.norm_rope_write import Columns, norm_rope_write
 from mla_fp4_jax.projections import expand_kv_b, k_up_proj, linear, v_up_proj
 from mla_fp4_jax.shard import WHOLE, Shard
 from mla_fp4_jax.sharding import MLASharding
@@ -102,7 +104,8 @@ def _prefill(
     implementation: str | None,
     attention_implementation: str | None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
-    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation)
+    # The write's kernel has no gradient, which prefill must have.
+    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation, XLA)
     kv_b_proj = weights.kv_b_proj
     if isinstance(kv_b_proj, FP4Array) and kv_b_proj.format == "mxfp4" and implementation in (None, "mosaic_gpu"):
         # Decoded once for all blocks of latents: exact, and gone when prefill is. A library's matmul does the rest.
@@ -169,7 +172,9 @@ def _decode(
     implementation: str | None,
     attention_implementation: str | None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
-    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation)
+    step = _begin(
+        shard, weights, x, cache, config, positions, active, dtype, implementation, attention_implementation
+    )
     q_latent = k_up_proj(step.q, weights.kv_b_proj, config.qk_nope_head_dim, implementation=implementation)
     with jax.named_scope("mla/attention"):
         q = jnp.concatenate([q_latent, step.q_rope], axis=-1)
@@ -209,15 +214,39 @@ def _begin(
     active: Bool[Array, "B T"],
     dtype: DTypeLike,
     implementation: str | None,
+    write_implementation: str | None,
 ) -> _Step:
     x = x.astype(dtype)
     slots = cache.length[:, None] + jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1
     if positions is None:
         positions = jnp.maximum(slots, 0)
     cos, sin = rope.cos_sin(config.rope, config.qk_rope_head_dim, positions)
-
+    low, kv = _first_projections(weights, x, config, implementation)
+    with jax.named_scope("mla/norm_rope_write"):
+        here, length = shard.write_slots(cache, active)
+        gain = weights.kv_a_layernorm
+        if config.latent_scale != 1.0:
+            gain = gain.astype(jnp.float32) * config.latent_scale
+        low, cache = norm_rope_write(
+            low,
+            kv,
+            cache,
+            here,
+            cos,
+            sin,
+            low_gain=weights.q_a_layernorm,
+            kv_gain=gain,
+            eps=config.layernorm_eps,
+            interleaved=config.rope_interleave,
+            implementation=write_implementation,
+        )
+        cache = dataclasses.replace(cache, length=length)
     with jax.named_scope("mla/q_proj"):
-        q = _queries(weights, x, config, implementation)
+        if low is None:
+            q = linear(x, _given(weights.q_proj, "q_proj"), implementation=implementation)
+        else:
+            q = linear(low, _given(weights.q_b_proj, "q_b_proj"), implementation=implementation)
+        q = q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
         if config.rope.llama_4_scaling_beta:
             q = (q.astype(jnp.float32) * rope.query_scale(config.rope, positions)[..., None, None]).astype(q.dtype)
         q_rope = rope.rotate(
@@ -226,29 +255,22 @@ def _begin(
             sin[:, :, None],
             interleaved=config.rope_interleave,
         )
-    with jax.named_scope("mla/kv_a_proj"):
-        kv = linear(x, weights.kv_a_proj_with_mqa, weights.kv_a_proj_bias, implementation=implementation)
-        gain = weights.kv_a_layernorm
-        if config.latent_scale != 1.0:
-            gain = gain.astype(jnp.float32) * config.latent_scale
-        latent = rms_norm(kv[..., : config.kv_lora_rank], gain, config.layernorm_eps)
-        k_rope = rope.rotate(kv[..., config.kv_lora_rank :], cos, sin, interleaved=config.rope_interleave)
-        cache = shard.append(cache, jnp.concatenate([latent, k_rope], axis=-1), active)
     visible = jnp.where(active & (slots < shard.capacity(cache)), slots + 1, 0)
     return _Step(q, q_rope, cache, visible)
 
 
-def _queries(
+def _first_projections(
     weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None
-) -> Float[Array, "B T H PR"]:
-    if config.q_lora_rank is None:
-        q = linear(x, _given(weights.q_proj, "q_proj"), implementation=implementation)
-    else:
+) -> tuple[Columns | None, Columns]:
+    """What is projected from x: the query's latent, where it has one, and latent and rope key."""
+    kv_a_proj, low = weights.kv_a_proj_with_mqa, None
+    if config.q_lora_rank is not None:
         q_a_proj = _given(weights.q_a_proj, "q_a_proj")
-        low = linear(x, q_a_proj, weights.q_a_proj_bias, implementation=implementation)
-        low = rms_norm(low, _given(weights.q_a_layernorm, "q_a_layernorm"), config.layernorm_eps)
-        q = linear(low, _given(weights.q_b_proj, "q_b_proj"), implementation=implementation)
-    return q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        with jax.named_scope("mla/q_a_proj"):
+            low = Columns.all_of(linear(x, q_a_proj, weights.q_a_proj_bias, implementation=implementation))
+    with jax.named_scope("mla/kv_a_proj"):
+        kv = linear(x, kv_a_proj, weights.kv_a_proj_bias, implementation=implementation)
+    return low, Columns.all_of(kv)
 
 
 def _finish(
@@ -264,13 +286,6 @@ def _finish(
                 bias = weights.o_proj_bias.astype(jnp.float32).reshape(1, 1, -1)
                 y = (y.astype(jnp.float32) + bias).astype(y.dtype)
     return jnp.where((step.visible > 0)[..., None], y, jnp.zeros((), y.dtype)), step.cache
-
-
-def rms_norm(x: Float[Array, "*batch D"], gain: Float[Array, "D"], eps: float) -> Float[Array, "*batch D"]:
-    """g * x / sqrt(mean(x^2) + eps), computed in float32 and rounded once to x's dtype."""
-    wide = x.astype(jnp.float32)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (scaled * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)).astype(x.dtype)
 
 
 def _active(
