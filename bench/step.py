@@ -187,10 +187,10 @@ def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> di
     error = relative_error(state[0], want)
     if not error <= GATE:
         raise RuntimeError(f"relative error {error:.2e}, more than {GATE}; not timed.")
-    size = step.memory_analysis()
+    size: Any = step.memory_analysis()
     row: dict[str, Any] = {"relative_error": round(error, 5), "layers": layers, "compile_s": programs.seconds[name]}
-    row["memory"] = {"weights": held(given.weights) // layers, "cache": held(caches) // layers}
-    row["memory"]["scratch"] = size.temp_size_in_bytes if size else None
+    memory = {"weights": held(given.weights) // layers, "cache": held(caches) // layers}
+    row["memory"] = memory | {"scratch": size.temp_size_in_bytes}
     if jax.default_backend() == "cpu":  # proves the bench, measures nothing
         return row | {"loop_us": loop_us(step, state, given, 2, 1)[0] / layers}
     us, spread, state = loop_us(step, state, given)
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
     parser.add_argument("--shapes", help="heads x sequences x keys, as 128x32x4096,16x64x16384")
     parser.add_argument("--names", default=",".join(NAMES), help="compositions, separated by commas")
+    parser.add_argument("--ceilings", metavar="TB/S,TFLOP/S", help="as measured before; default: measure them")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
     parser.add_argument("--small", action="store_true", help="tiny layers, to prove the bench on a CPU")
     args = parser.parse_args()
@@ -228,7 +229,8 @@ def main() -> None:
         shapes = [(h, b, s) for h, b, s in (map(int, text.split("x")) for text in args.shapes.split(","))]
     names, rows, skipped = args.names.split(","), [], []
     torch = None if args.no_torch or args.small else TorchPeer()  # imports itself while this process compiles
-    ceilings = measure_ceilings()
+    given = args.ceilings and dict(zip(("tb_per_s", "tflops"), map(float, args.ceilings.split(",")), strict=True))
+    ceilings = given or measure_ceilings()
     what = {"environment": environment.describe(args.commit), "ceilings": ceilings, "rows": rows, "not_run": skipped}
     args.out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -80,16 +80,18 @@ def plain_step(
         return einsum_rounded(spec, a, b.astype(kind), kind)
 
     cos, sin = cos_sin(c.rope, c.qk_rope_head_dim, jnp.full((batch, 1), length))
-    with jax.named_scope("mla/q_proj"):
-        low = rms_norm(product("bte,qe->btq", x, weights.q_a_proj), weights.q_a_layernorm, c.layernorm_eps)
-        q = product("btq,nq->btn", low, weights.q_b_proj).reshape(batch, c.num_attention_heads, c.qk_head_dim)
-        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
-    with jax.named_scope("mla/kv_a_proj"):
+    with jax.named_scope("mla/qkv_a_proj"):
+        low = product("bte,qe->btq", x, weights.q_a_proj)
         kv = product("bte,ne->btn", x, weights.kv_a_proj_with_mqa)
+    with jax.named_scope("mla/norm_rope_write"):
+        low = rms_norm(low, weights.q_a_layernorm, c.layernorm_eps)
         latent = rms_norm(kv[..., : c.kv_lora_rank], weights.kv_a_layernorm, c.layernorm_eps)
         k_rope = rotate(kv[..., c.kv_lora_rank :], cos, sin, interleaved=c.rope_interleave)
         new = jnp.concatenate([latent, k_rope], axis=-1).astype(entries.dtype)
         entries = jax.lax.dynamic_update_slice_in_dim(entries, new, length, axis=1)
+    with jax.named_scope("mla/q_proj"):
+        q = product("btq,nq->btn", low, weights.q_b_proj).reshape(batch, c.num_attention_heads, c.qk_head_dim)
+        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
     key_rows, value_rows = jnp.split(weights.kv_b_proj, [c.qk_nope_head_dim], axis=1)
     with jax.named_scope("mla/k_up_proj"):
         q_latent = product("bhp,hpl->bhl", q_nope, key_rows)

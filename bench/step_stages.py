@@ -11,9 +11,9 @@ from mla_fp4_jax import MLAConfig, MLAWeights
 
 # In order of execution; all that is in no scope of the layer, such as the norm before it, is "other".
 STAGES = (
-    "q_proj",
-    "kv_a_proj",
-    "rope_and_write",
+    "qkv_a_proj",
+    "norm_rope_write",
+    "q_b_proj",
     "k_up",
     "rope_q",
     "attention",
@@ -22,27 +22,31 @@ STAGES = (
     "o_proj",
     "other",
 )
+_SCOPES = {
+    "mla/qkv_a_proj": "qkv_a_proj",
+    "mla/q_a_proj": "qkv_a_proj",
+    "mla/kv_a_proj": "qkv_a_proj",
+    "mla/norm_rope_write": "norm_rope_write",
+    "mla/q_proj": "q_b_proj",
+    "mla/k_up_proj": "k_up",
+    "mla/attention": "attention",
+    "mla/v_up_proj": "v_up",
+    "mla/o_proj": "o_proj",
+}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = .*? (?P<op>fusion|custom-call|copy|call)\(")
 _CALLED = re.compile(r"to_apply=%([\w.\-]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _SHARED_NAME = re.compile(r'deduplicated_name="([^"]*)"')
 
 
-def stage_of(op_name: str, op: str) -> str:
+def stage_of(op_name: str) -> str:
     """The stage that an instruction of HLO works for, by the scopes in its name."""
-    if "mla/q_proj" in op_name:
-        return "q_proj"
-    if "mla/kv_a_proj" in op_name:
-        product = op == "custom-call" or "dot_general" in op_name
-        return "kv_a_proj" if product else "rope_and_write"
-    if "mla/attention" in op_name:
+    stage = next((stage for scope, stage in _SCOPES.items() if scope in op_name), "other")
+    if stage == "attention":
         if "mla_decode_combine" in op_name:
             return "combine"
-        return "rope_q" if op_name.endswith(("concatenate", "mla/attention/pad")) else "attention"
-    for scope, stage in (("mla/k_up_proj", "k_up"), ("mla/v_up_proj", "v_up"), ("mla/o_proj", "o_proj")):
-        if scope in op_name:
-            return stage
-    return "other"
+        return "rope_q" if op_name.endswith("concatenate") else stage
+    return stage
 
 
 def launches(text: str) -> list[tuple[str, str, str]]:
@@ -75,7 +79,7 @@ def launches(text: str) -> list[tuple[str, str, str]]:
             scope, shared = _SCOPE.search(line), _SHARED_NAME.search(line)
             kernel = re.sub(r"[.\-]", "_", shared[1] if shared else match["name"])
             library = match["op"] == "custom-call" or "gemm" in line
-            found.append(("" if library else kernel, stage_of(scope[1] if scope else "", match["op"]), match["op"]))
+            found.append(("" if library else kernel, stage_of(scope[1] if scope else ""), match["op"]))
         return found
 
     return walk(entry)
@@ -138,9 +142,9 @@ def floors(
     share = c.qk_nope_head_dim / (c.qk_nope_head_dim + c.v_head_dim)
     entry, latent = c.cache_dim * 2, heads * c.kv_lora_rank * 2
     table = {
-        "q_proj": linear_part("q_a_proj", "q_b_proj"),
-        "kv_a_proj": linear_part("kv_a_proj_with_mqa"),
-        "rope_and_write": (2 * batch * entry, 0.0),
+        "qkv_a_proj": linear_part("q_a_proj", "kv_a_proj_with_mqa"),
+        "norm_rope_write": (2 * batch * entry, 0.0),
+        "q_b_proj": linear_part("q_b_proj"),
         "k_up": (share * stored("kv_b_proj"), up * c.qk_nope_head_dim),
         "attention": (
             batch * (keys * entry + heads * entry + latent),

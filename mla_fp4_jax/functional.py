@@ -28,6 +28,7 @@ from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import XLA
+from mla_fp4_jax.ops.linear_pair import fp4_linear_pair
 from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
 from mla_fp4_jax.ops.mla_prefill import mla_prefill_attention
 from mla_fp4_jax.ops.norm_rope_write import Columns, norm_rope_write
@@ -221,7 +222,7 @@ def _begin(
     if positions is None:
         positions = jnp.maximum(slots, 0)
     cos, sin = rope.cos_sin(config.rope, config.qk_rope_head_dim, positions)
-    low, kv = _first_projections(weights, x, config, implementation)
+    low, kv = _first_projections(weights, x, config, implementation, pair=write_implementation != XLA)
     with jax.named_scope("mla/norm_rope_write"):
         here, length = shard.write_slots(cache, active)
         gain = weights.kv_a_layernorm
@@ -260,12 +261,19 @@ def _begin(
 
 
 def _first_projections(
-    weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None
+    weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None, *, pair: bool
 ) -> tuple[Columns | None, Columns]:
-    """What is projected from x: the query's latent, where it has one, and latent and rope key."""
+    """What is projected from x: the query's latent, where it has one; latent and rope key. With `pair` at once."""
     kv_a_proj, low = weights.kv_a_proj_with_mqa, None
     if config.q_lora_rank is not None:
         q_a_proj = _given(weights.q_a_proj, "q_a_proj")
+        unbiased = weights.q_a_proj_bias is None and weights.kv_a_proj_bias is None
+        if pair and unbiased and isinstance(q_a_proj, FP4Array) and isinstance(kv_a_proj, FP4Array):
+            with jax.named_scope("mla/qkv_a_proj"):
+                both = fp4_linear_pair(x, q_a_proj, kv_a_proj, implementation=implementation)
+            if both is not None:
+                low = Columns(both, 0, config.q_lora_rank)
+                return low, Columns(both, config.q_lora_rank, config.cache_dim)
         with jax.named_scope("mla/q_a_proj"):
             low = Columns.all_of(linear(x, q_a_proj, weights.q_a_proj_bias, implementation=implementation))
     with jax.named_scope("mla/kv_a_proj"):

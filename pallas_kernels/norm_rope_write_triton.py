@@ -137,8 +137,6 @@ def _write(kv_ref, kv_gain_ref, cos_ref, sin_ref, slots_ref, table_ref, cache_re
     entry = normed.astype(kv_ref.dtype).astype(cache_ref.dtype)
     pltriton.store(cache_ref.at[block, slot, column], entry, mask=mask & exists)
     half = cos_ref.shape[1]
-    if not half:
-        return
     pair = jnp.arange(_next_power_of_2(half), dtype=jnp.int32)
     mask = pair < half
     first = np.int32(kv_first + latent)
@@ -150,9 +148,9 @@ def _write(kv_ref, kv_gain_ref, cos_ref, sin_ref, slots_ref, table_ref, cache_re
         pltriton.store(cache_ref.at[block, slot, np.int32(latent + i * half) + pair], entry, mask=mask & exists)
 
 
-def unsupported(kv, entries) -> str | None:
+def unsupported(kv, cos, entries) -> str | None:
     """Why this kernel cannot take these operands (anything with shape and dtype), or None."""
-    for name, array in (("kv", kv), ("the cache", entries)):
+    for name, array in (("kv", kv), ("the cache", entries), ("cos", cos)):
         if jnp.dtype(array.dtype).name not in DTYPES:
             return f"{name} must be one of {', '.join(DTYPES)}; got {jnp.dtype(array.dtype).name}."
         if 0 in array.shape:

@@ -78,7 +78,7 @@ def norm_rope_write(
     static = {"eps": eps, "interleaved": interleaved}
     run, plain = functools.partial(_run, **static), functools.partial(_plain, **static)
     operands = (low, kv, cache, slots, cos, sin, low_gain, kv_gain)
-    if implementation == XLA or _why_not(kv.array, cache, implementation) is not None:
+    if implementation == XLA or _why_not(kv.array, cos, cache, implementation) is not None:
         return plain(*operands)
     if implementation == INTERPRET:
         return run(*operands, interpret=True)
@@ -86,9 +86,9 @@ def norm_rope_write(
     return jax.lax.platform_dependent(*operands, cuda=run, rocm=run, default=plain)
 
 
-def _why_not(kv: jax.Array, cache: Cache, implementation: str | None) -> str | None:
+def _why_not(kv: jax.Array, cos: jax.Array, cache: Cache, implementation: str | None) -> str | None:
     reason = None if implementation == INTERPRET else implementations.why_not(TRITON)
-    return reason or triton.unsupported(kv, _entries(cache))
+    return reason or triton.unsupported(kv, cos, _entries(cache))
 
 
 def _entries(cache: Cache) -> jax.Array:
