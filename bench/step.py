@@ -229,8 +229,8 @@ def main() -> None:
         shapes = [(h, b, s) for h, b, s in (map(int, text.split("x")) for text in args.shapes.split(","))]
     names, rows, skipped = args.names.split(","), [], []
     torch = None if args.no_torch or args.small else TorchPeer()  # imports itself while this process compiles
-    given = args.ceilings and dict(zip(("tb_per_s", "tflops"), map(float, args.ceilings.split(",")), strict=True))
-    ceilings = given or measure_ceilings()
+    known = [float(value) for value in (args.ceilings or "").split(",") if value]
+    ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
     what = {"environment": environment.describe(args.commit), "ceilings": ceilings, "rows": rows, "not_run": skipped}
     args.out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -42,11 +42,9 @@ _SHARED_NAME = re.compile(r'deduplicated_name="([^"]*)"')
 def stage_of(op_name: str) -> str:
     """The stage that an instruction of HLO works for, by the scopes in its name."""
     stage = next((stage for scope, stage in _SCOPES.items() if scope in op_name), "other")
-    if stage == "attention":
-        if "mla_decode_combine" in op_name:
-            return "combine"
-        return "rope_q" if op_name.endswith("concatenate") else stage
-    return stage
+    if "mla_decode_combine" in op_name:
+        return "combine"
+    return "rope_q" if stage in ("attention", "k_up") and op_name.endswith("concatenate") else stage
 
 
 def launches(text: str) -> list[tuple[str, str, str]]:

@@ -28,6 +28,7 @@ from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import XLA
+from mla_fp4_jax.ops.latent_query import latent_query
 from mla_fp4_jax.ops.linear_pair import fp4_linear_pair
 from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
 from mla_fp4_jax.ops.mla_prefill import mla_prefill_attention
@@ -111,7 +112,7 @@ def _prefill(
     if isinstance(kv_b_proj, FP4Array) and kv_b_proj.format == "mxfp4" and implementation in (None, "mosaic_gpu"):
         # Decoded once for all blocks of latents: exact, and gone when prefill is. A library's matmul does the rest.
         kv_b_proj = fp4_dense(kv_b_proj, dtype)
-    q = jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1)
+    q = jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope(config)], axis=-1)
 
     def attend(cache: Cache, visible: Int[Array, "B T"]):
         return mla_prefill_attention(
@@ -176,9 +177,8 @@ def _decode(
     step = _begin(
         shard, weights, x, cache, config, positions, active, dtype, implementation, attention_implementation
     )
-    q_latent = k_up_proj(step.q, weights.kv_b_proj, config.qk_nope_head_dim, implementation=implementation)
+    q = _latent_query(step, weights.kv_b_proj, config, implementation)
     with jax.named_scope("mla/attention"):
-        q = jnp.concatenate([q_latent, step.q_rope], axis=-1)
 
         def attend(cache: Cache, visible: Int[Array, "B T"]):
             return latent_attention(
@@ -195,14 +195,34 @@ def _decode(
     return _finish(shard, weights, heads, step, implementation)
 
 
+def _latent_query(
+    step: _Step, kv_b_proj: jax.Array | FP4Array, config: MLAConfig, implementation: str | None
+) -> Float[Array, "B T H LR"]:
+    """[q_nope W_K | rotated q_pe]."""
+    nope = config.qk_nope_head_dim
+    if isinstance(kv_b_proj, FP4Array):
+        with jax.named_scope("mla/k_up_proj"):
+            static = {"interleaved": config.rope_interleave, "implementation": implementation}
+            return latent_query(step.q, kv_b_proj, step.cos, step.sin, nope, **static)
+    q_latent = k_up_proj(step.q, kv_b_proj, nope, implementation=implementation)
+    with jax.named_scope("mla/attention"):
+        return jnp.concatenate([q_latent, step.q_rope(config)], axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """What prefill and decode share between the projections in and the projection out."""
 
-    q: Float[Array, "B T H PR"]  # its last R columns are not rotated: q_rope holds those
-    q_rope: Float[Array, "B T H R"]
+    q: Float[Array, "B T H PR"]  # its last R columns are not rotated yet
+    cos: Float[Array, "B T half_R"]
+    sin: Float[Array, "B T half_R"]
     cache: Cache
     visible: Int[Array, "B T"]
+
+    def q_rope(self, config: MLAConfig) -> Float[Array, "B T H R"]:
+        """Those columns, rotated."""
+        not_yet, cos, sin = self.q[..., config.qk_nope_head_dim :], self.cos[:, :, None], self.sin[:, :, None]
+        return rope.rotate(not_yet, cos, sin, interleaved=config.rope_interleave)
 
 
 def _begin(
@@ -250,14 +270,8 @@ def _begin(
         q = q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
         if config.rope.llama_4_scaling_beta:
             q = (q.astype(jnp.float32) * rope.query_scale(config.rope, positions)[..., None, None]).astype(q.dtype)
-        q_rope = rope.rotate(
-            q[..., config.qk_nope_head_dim :],
-            cos[:, :, None],
-            sin[:, :, None],
-            interleaved=config.rope_interleave,
-        )
     visible = jnp.where(active & (slots < shard.capacity(cache)), slots + 1, 0)
-    return _Step(q, q_rope, cache, visible)
+    return _Step(q, cos, sin, cache, visible)
 
 
 def _first_projections(

@@ -14,6 +14,7 @@ accumulator. A row's result does not depend, bit for bit, on the batch that it s
 
 from __future__ import annotations
 
+from pallas_kernels.fp4_bmm_rope import Rope, rotate
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES, Config, Problem, box_bytes, grid, slot_bytes
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
 from pallas_kernels.fragments import BLOCK, GROUP
@@ -25,16 +26,20 @@ _ALL = 1  # named barrier of the whole CTA (Mosaic has 0); 2 .. warpgroups + 1 a
 _DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
-def program(problem: Problem, config: Config) -> str:
-    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
-    return _Kernel(problem, config).emit()
+def program(problem: Problem, config: Config, rope: Rope | None = None) -> str:
+    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
+
+    With rope also $5 cos, $6 sin; out has the rotated columns after the outputs.
+    """
+    return _Kernel(problem, config, rope).emit()
 
 
 class _Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
-    def __init__(self, problem: Problem, config: Config):
-        self.p, self.c, self.ptx = problem, config, Ptx()
+    def __init__(self, problem: Problem, config: Config, rope: Rope | None = None):
+        self.p, self.c, self.ptx, self.rope = problem, config, Ptx(), rope
+        self.out_width = problem.outputs + (0 if rope is None else rope.columns)
         self.blocks = problem.contraction // BLOCK  # 64-k blocks, also slabs of x
         self.k_steps = problem.contraction // 16
         self.committed: list[int] = []  # token tiles in the order of their cp.async groups; -1 for an empty group
@@ -48,6 +53,9 @@ class _Kernel:
         for tile in range(prologue):
             self._load_x(tile)
         self._hold_loads()
+        if self.rope is not None:
+            place = {"thread": self.thread, "tile": self.tile, "token": self.token, "head": self.head}
+            rotate(self.ptx, self.rope, self.p, self.c, place)
         self._multiply()
         return self.ptx.text()
 
@@ -235,7 +243,7 @@ class _Kernel:
             f"add.u64 {self.out}, $3, {self.wide};",
             f"add.u32 {self.tmp}, {self.token}, {self.out_row};",
             f"mad.lo.u32 {self.tmp}, {self.tmp}, {p.heads}, {self.head};",
-            f"mul.wide.u32 {self.wide}, {self.tmp}, {p.outputs * 2};",
+            f"mul.wide.u32 {self.wide}, {self.tmp}, {self.out_width * 2};",
             f"add.u64 {self.out}, {self.out}, {self.wide};",
             # this lane's stmatrix row
             f"and.b32 {self.tmp}, {self.lane}, 7;",
@@ -344,7 +352,7 @@ class _Kernel:
             )
             if first + 16 > c.tokens:
                 ptx(f"setp.lt.and.u32 {self.pred}, {self.out_row}, {c.tokens - first}, {self.pred};")
-            to = token * p.heads * p.outputs * 2 + tile * BLOCK * 2
+            to = token * p.heads * self.out_width * 2 + tile * BLOCK * 2
             ptx(
                 f"@{self.pred} ld.shared.v4.b32 {vector(self.packed)}, [{self.box}+{buffer + first * SLAB_BYTES}];",
                 f"@{self.pred} st.global.v4.b32 [{self.out}+{to}], {vector(self.packed)};",
