@@ -138,7 +138,7 @@ def _choose(x: Array, w: FP4Array, call: _Call) -> tuple[str, str]:
     for name in implementations.PREFERENCE:
         reason = _why_not(name, x, w, call)
         if reason is None:
-            return name, "; ".join(reasons)
+            return name, " ".join(reasons)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla runs everywhere")
 

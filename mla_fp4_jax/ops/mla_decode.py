@@ -124,7 +124,7 @@ def _choose(q: Array, cache: Cache, implementation: str | None) -> tuple[str, st
     for name in implementations.PREFERENCE:
         reason = _why_not(name, q, cache)
         if reason is None:
-            return name, "; ".join(reasons)
+            return name, " ".join(reasons)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla runs everywhere")
 

@@ -202,7 +202,7 @@ def _choose(q, cache, kv_shape, v_head_dim, implementation) -> tuple[str, str]:
         if reason is None and name != XLA and not _confirmed(name, q, kv_shape, v_head_dim):
             reason = "on such operands it has not run on a GPU; name it to use it."
         if reason is None:
-            return name, "; ".join(reasons)
+            return name, " ".join(reasons)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla runs everywhere")
 
