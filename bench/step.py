@@ -11,7 +11,7 @@ is cold as in a whole model; lengths and the page table are arrays that all laye
 the wall time a layer of a jitted step whose hidden state and caches are donated and fed back; "kernel" the sum of a
 layer's kernels as CUPTI has it, listed for the first layer and summed by stage over all. Every step writes its token
 to the same slot. Floors are bytes and operations over this GPU's own read bandwidth and matmul rate, as measured
-here, stage by stage. "memory" is what the compiled step holds a layer, and its scratch.
+here, stage by stage. "memory" is what the compiled step holds a layer, and its scratch; of all layers with --memory.
 
 Nothing is timed before its own output agrees with float32 layers on the dequantised weights: 1.5 % relative error.
 One shape at a time, the most telling first; rows are written as they come.
@@ -23,6 +23,8 @@ import argparse
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +39,7 @@ from bench import environment
 from bench.step_layer import dense_layer, fp4_layer, plain_step, v3_config
 from bench.step_peer import TorchPeer
 from bench.step_stages import by_stage, floors, stages_of_kernels
-from bench.step_timing import kernels, loop_us, measure_ceilings, total
+from bench.step_timing import held, kernels, loop_us, measure_ceilings, total
 from mla_fp4_jax import MLAConfig, MLAWeights, mla_decode
 from mla_fp4_jax.cache import PagedLatentCache
 from mla_fp4_jax.kernel_order import order_for_device
@@ -203,12 +205,14 @@ def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> di
     return row | {"measure_s": round(time.monotonic() - start, 1)}
 
 
-def held(tree) -> int:
-    """Bytes; a float4 element takes half of one."""
-    leaves = jax.tree.leaves(tree)
-    return (
-        sum((4 if leaf.dtype == jnp.float4_e2m1fn else 8 * leaf.dtype.itemsize) * leaf.size for leaf in leaves) // 8
-    )
+def memory_of_all_layers(*options: str, seconds: float = 90) -> dict[str, Any]:
+    """bench.step_memory's account."""
+    command = [sys.executable, "-m", "bench.step_memory", *options]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
+        return {"error": f"{type(error).__name__}: {getattr(error, 'stderr', None) or error}"[-300:]}
 
 
 def main() -> None:
@@ -221,6 +225,7 @@ def main() -> None:
     parser.add_argument("--names", default=",".join(NAMES), help="compositions, separated by commas")
     parser.add_argument("--ceilings", metavar="TB/S,TFLOP/S", help="as measured before; default: measure them")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
+    parser.add_argument("--memory", action="store_true", help="that of all 61 layers too (bench/step_memory.py)")
     parser.add_argument("--small", action="store_true", help="tiny layers, to prove the bench on a CPU")
     args = parser.parse_args()
     start = time.monotonic()
@@ -241,6 +246,9 @@ def main() -> None:
         args.out.write_text(json.dumps(what, indent=1) + "\n")
 
     print(f"{time.monotonic() - start:5.1f} s", ceilings, flush=True)
+    if args.memory:
+        what["memory"] = memory_of_all_layers(*(["--small"] if args.small else []))
+        print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
     settings: dict[int, Setting] = {}
     for shape in shapes:
         if time.monotonic() - start > args.seconds:

@@ -60,6 +60,14 @@ def total(seen) -> float:
     return sum(us for _, us in seen)
 
 
+def held(tree) -> int:
+    """Bytes of arrays; a float4 element takes half of one."""
+    leaves = jax.tree.leaves(tree)
+    return (
+        sum((4 if leaf.dtype == jnp.float4_e2m1fn else 8 * leaf.dtype.itemsize) * leaf.size for leaf in leaves) // 8
+    )
+
+
 def measure_ceilings() -> dict[str, float]:
     """TB/s of reading a gigabyte, TFLOP/s of an 8192^3 bf16 matmul, as XLA does them."""
     if jax.default_backend() == "cpu":
