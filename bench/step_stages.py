@@ -34,6 +34,7 @@ _SCOPES = {
     "mla/o_proj": "o_proj",
 }
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = .*? (?P<op>fusion|custom-call|copy|call)\(")
+_GEMM = re.compile(r'"kind":"[^"]*gemm')
 _CALLED = re.compile(r"to_apply=%([\w.\-]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _SHARED_NAME = re.compile(r'deduplicated_name="([^"]*)"')
@@ -76,7 +77,7 @@ def launches(text: str) -> list[tuple[str, str, str]]:
                 continue
             scope, shared = _SCOPE.search(line), _SHARED_NAME.search(line)
             kernel = re.sub(r"[.\-]", "_", shared[1] if shared else match["name"])
-            library = match["op"] == "custom-call" or "gemm" in line
+            library = match["op"] == "custom-call" or _GEMM.search(line) is not None
             found.append(("" if library else kernel, stage_of(scope[1] if scope else ""), match["op"]))
         return found
 

@@ -15,10 +15,10 @@ def section(result: dict) -> str:
     """Every shape's times and ratios, then the stages of the FP4 step."""
     found = times(result)
     lines = [
-        "One decode step of a DeepSeek-V3 attention layer, with the norm before it and the residual sum; cold weights,",
-        "bfloat16 cache of S tokens a sequence, us a layer. JAX: wall time of a jitted, donated loop over a stack of",
-        'layers; torch (cuBLAS bf16, bmm, FlashMLA): of a CUDA graph. "Floor": bytes and operations of the FP4 step at',
-        "this GPU's measured rates, stage by stage.",
+        "One decode step of a DeepSeek-V3 attention layer, with the norm before it and the residual sum; cold",
+        "weights, bfloat16 cache of S tokens a sequence, us a layer. JAX: wall time of a jitted, donated loop over a",
+        'stack of layers; torch (cuBLAS bf16, bmm, FlashMLA): of a CUDA graph. "Floor": bytes and operations of the',
+        "FP4 step at this GPU's measured rates, stage by stage.",
         "",
         *rule(
             "H", "S", "B", "FP4", "FP4 kv_b", "XLA bf16", "torch", "XLA / FP4", "torch / FP4", "floor", "FP4 / floor"
