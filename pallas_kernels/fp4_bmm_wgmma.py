@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 
+from pallas_kernels.fp4_bmm_rope import Rope, rotate
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES, Config, Problem, box_bytes, grid, slot_bytes
 from pallas_kernels.fp4_fragment_ptx import (
     E4M3_UNIT,
@@ -35,20 +36,24 @@ _ALL = 1  # named barrier of the whole CTA (Mosaic has 0); 2 .. warpgroups + 1 a
 _DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
-def program(problem: Problem, config: Config) -> str:
-    """The whole kernel; operands: x, codes, scales, in NVFP4 global scale, out (64-bit addresses), shared memory."""
-    return _Kernel(problem, config).emit()
+def program(problem: Problem, config: Config, rope: Rope | None = None) -> str:
+    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
+
+    Then, where there are such, NVFP4's global scale, and with rope cos and sin; out has the rotated columns after the
+    outputs.
+    """
+    return _Kernel(problem, config, rope).emit()
 
 
 class _Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
-    def __init__(self, problem: Problem, config: Config):
-        self.p, self.c, self.ptx = problem, config, Ptx()
+    def __init__(self, problem: Problem, config: Config, rope: Rope | None = None):
+        self.p, self.c, self.ptx, self.rope = problem, config, Ptx(), rope
+        self.out_width = problem.outputs + (0 if rope is None else rope.columns)
         self.blocks = problem.contraction // BLOCK  # 64-k blocks, also slabs of x
         self.k_steps = problem.contraction // 16
         self.nvfp4 = problem.group != GROUP
-        self.out_operand, self.shared_operand = ("$4", "$5") if self.nvfp4 else ("$3", "$4")
         self.committed: list[int] = []  # token tiles in the order of their cp.async groups; -1 for an empty group
 
     def emit(self) -> str:
@@ -60,6 +65,9 @@ class _Kernel:
         for tile in range(prologue):
             self._load_x(tile)
         self._hold_loads()
+        if self.rope is not None:
+            place = {"thread": self.thread, "tile": self.tile, "token": self.token, "head": self.head}
+            rotate(self.ptx, self.rope, self.p, self.c, place, ("$6", "$7") if self.nvfp4 else ("$5", "$6"))
         self._multiply()
         return self.ptx.text()
 
@@ -156,7 +164,7 @@ class _Kernel:
         if self.nvfp4:
             self.global_scale = ptx.reg("global", "f32")
             ptx(
-                f"ld.global.nc.f32 {self.global_scale}, [$3];",
+                f"ld.global.nc.f32 {self.global_scale}, [$5];",
                 f"mul.rn.f32 {self.global_scale}, {self.global_scale}, {E4M3_UNIT};",
             )
 
@@ -166,7 +174,7 @@ class _Kernel:
         self.shared, self.x_row, self.x_to = ptx.reg("shared"), ptx.reg("x_row"), ptx.reg("x_to")
         self.x_from = ptx.reg("x_from", "b64")
         ptx(
-            f"add.u32 {self.shared}, {self.shared_operand}, {ALIGNMENT - 1};",
+            f"add.u32 {self.shared}, $4, {ALIGNMENT - 1};",
             f"and.b32 {self.shared}, {self.shared}, -{ALIGNMENT};",
             f"shr.u32 {self.x_row}, {self.tid}, 3;",
             f"and.b32 {self.tmp}, {self.tid}, 7;",
@@ -250,10 +258,10 @@ class _Kernel:
             f"mul.lo.u32 {self.tmp2}, {self.tile}, {BLOCK};",
             f"mad.lo.u32 {self.tmp2}, {self.tmp}, 8, {self.tmp2};",
             f"mul.wide.u32 {self.wide}, {self.tmp2}, 2;",
-            f"add.u64 {self.out}, {self.out_operand}, {self.wide};",
+            f"add.u64 {self.out}, $3, {self.wide};",
             f"add.u32 {self.tmp}, {self.token}, {self.out_row};",
             f"mad.lo.u32 {self.tmp}, {self.tmp}, {p.heads}, {self.head};",
-            f"mul.wide.u32 {self.wide}, {self.tmp}, {p.outputs * 2};",
+            f"mul.wide.u32 {self.wide}, {self.tmp}, {self.out_width * 2};",
             f"add.u64 {self.out}, {self.out}, {self.wide};",
             # this lane's stmatrix row
             f"and.b32 {self.tmp}, {self.lane}, 7;",
@@ -365,7 +373,7 @@ class _Kernel:
             )
             if first + 16 > c.tokens:
                 ptx(f"setp.lt.and.u32 {self.pred}, {self.out_row}, {c.tokens - first}, {self.pred};")
-            to = token * p.heads * p.outputs * 2 + tile * BLOCK * 2
+            to = token * p.heads * self.out_width * 2 + tile * BLOCK * 2
             ptx(
                 f"@{self.pred} ld.shared.v4.b32 {vector(self.packed)}, [{self.box}+{buffer + first * SLAB_BYTES}];",
                 f"@{self.pred} st.global.v4.b32 [{self.out}+{to}], {vector(self.packed)};",

@@ -49,12 +49,14 @@ class Problem:
         outputs: N.
         contraction: K.
         out_bytes: of an element of out, 2 (bfloat16) or 4 (float32).
+        first_outputs: those of the first of two weights, where A is one on top of the other; else 0.
     """
 
     batch: int
     outputs: int
     contraction: int
     out_bytes: int = 2
+    first_outputs: int = 0
 
 
 def rows(config: Config) -> int:
@@ -122,6 +124,7 @@ def check_config(problem: Problem, config: Config) -> None:
         "blocks must be 1, 2 or 4 and with tiles an even number": c.blocks in (1, 2, 4)
         and c.blocks * c.tiles % 2 == 0,
         "a CTA's outputs must divide N": problem.outputs % rows(c) == 0,
+        "a warpgroup's outputs must divide the first weight's": problem.first_outputs % (BLOCK * c.tiles) == 0,
         "split * blocks must divide the 64-k blocks": problem.contraction % (BLOCK * c.split * c.blocks) == 0,
         "slots must be 3 or more": c.slots >= 3,
         "push must come with a split": not c.push or c.split > 1,

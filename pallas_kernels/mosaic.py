@@ -104,31 +104,38 @@ def mosaic_kernel(
     warpgroups: int,
     shared_memory_bytes: int,
     cluster: int = 1,
+    optional: int = 0,
 ):
     """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
 
     Args:
         program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
-            shared memory (32-bit). It must mask by itself, and every thread must reach its end.
+            shared memory (32-bit), then those of optional operands (64-bit). It must mask by itself, and every
+            thread must reach its end.
         out_shape: of the result.
         grid: clusters; CTAs where they are alone.
         warpgroups: of a CTA.
         shared_memory_bytes: dynamic.
         cluster: CTAs of a cluster, neighbours in %ctaid.x.
+        optional: how many of the last operands are such.
 
     Returns:
         A function of the operands.
     """
 
     def body(*refs):
+        always = len(refs) - 2 - optional
+        refs = (*refs[:always], *refs[-2:], *refs[always:-2])
+        shared = always + 1
+
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def inline(ctx, *memrefs):
             del ctx
             addresses = [
-                _llvm.ptrtoint(_ir.IntegerType.get_signless(32 if last else 64), mgpu_utils.memref_ptr(memref))
-                for memref, last in zip(memrefs, [False] * (len(memrefs) - 1) + [True], strict=True)
+                _llvm.ptrtoint(_ir.IntegerType.get_signless(32 if i == shared else 64), mgpu_utils.memref_ptr(memref))
+                for i, memref in enumerate(memrefs)
             ]
-            constraints = ",".join(["l"] * (len(memrefs) - 1) + ["r", "~{memory}"])
+            constraints = ",".join(["r" if i == shared else "l" for i in range(len(memrefs))] + ["~{memory}"])
             _llvm.inline_asm(None, addresses, program(), constraints, has_side_effects=True)
 
         inline(*refs)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import scaling_plot
-from bench.report import decode, linear, matmul, prefill, scaling
+from bench.report import decode, linear, matmul, prefill, scaling, step
 from bench.report.markdown import origin
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,13 +25,16 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "fp4_bmm_shapes": matmul.shapes_section,
     "fp4_linear_sweep": linear.section,
     "mla_decode": decode.section,
+    "step": step.section,
     "prefill": prefill.section,
     "scaling": scaling.section,
 }
-# Ending of a result's name -> what draws it, by the name of the picture.
+# A picture's name -> the ending of its result's name, and what draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict, Path], None]]] = {
-    "fp4_bmm": ("fp4_bmm.svg", matmul.plot),
-    "scaling": ("scaling.svg", scaling_plot.draw),
+    "fp4_bmm.svg": ("fp4_bmm", matmul.plot),
+    "step_stages.svg": ("step", step.plot_stages),
+    "step_context.svg": ("step", step.plot_context),
+    "scaling.svg": ("scaling", scaling_plot.draw),
 }
 
 
@@ -53,7 +56,7 @@ def text() -> str:
 
 def draw() -> None:
     """All pictures of results on record."""
-    for ending, (name, plot) in PLOTS.items():
+    for name, (ending, plot) in PLOTS.items():
         path = newest(ending)
         if path is not None:
             plot(json.loads(path.read_text()), RESULTS / name)
