@@ -240,6 +240,8 @@ class FP4Array:
         NVFP4: e2m1 * (scale * global_scale), or e2m1 * (scale / global_divisor), in float32 and in this order, which
         is that of torchao, ModelOpt and compressed-tensors: bit for bit theirs. Then one rounding to `dtype`.
         """
+        if self.order is not None:
+            return self.in_checkpoint_order().dequantize(dtype)
         if self.global_scale is None:
             return self.without_global_scale(dtype)
         # A power of two taken from the elements and given to the scales, lest their product be flushed as subnormal.

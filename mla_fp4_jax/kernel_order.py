@@ -85,4 +85,6 @@ def ordered(w: FP4Array, field: str, key_rows: int, sharding: MLASharding | None
     local = functools.partial(to_fragment_order, order=one)
     run = jax.jit(jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False))
     parts = sharding.size("heads") if field == "o_proj" else 1
-    return dataclasses.replace(run(w), order=FragmentOrder(key_rows, parts))
+    split = dataclasses.replace(w, global_scale=None, global_divisor=None)  # scalars are not split
+    moved = run(split)
+    return dataclasses.replace(w, codes=moved.codes, scales=moved.scales, order=FragmentOrder(key_rows, parts))

@@ -69,6 +69,8 @@ class _Kernel:
             place = {"thread": self.thread, "tile": self.tile, "token": self.token, "head": self.head}
             rotate(self.ptx, self.rope, self.p, self.c, place, ("$6", "$7") if self.nvfp4 else ("$5", "$6"))
         self._multiply()
+        end = self.ptx.label("end")
+        self.ptx(f"bra.uni {end};", f"{self.lost}:", "trap;", f"{end}:")
         return self.ptx.text()
 
     def _hold_loads(self) -> None:
@@ -84,6 +86,21 @@ class _Kernel:
             f"bar.red.popc.u32 {none}, {_ALL}, {self._threads()}, {self.pred};",
         )
         self.constants = Constants(self.ptx, none)
+        self.never, self.lost = self.ptx.reg("never", "pred"), self.ptx.label("lost")
+        self.ptx(f"setp.ne.u32 {self.never}, {none}, 0;")
+
+    def _wall(self) -> None:
+        """Have nothing below decoded before what is above is under way.
+
+        ptxas would: decoding depends on nothing but its loads, and the first products, placed behind it, would wait
+        for the last weights. A branch ends what it reorders; this one is never taken, which, again, only we know.
+        """
+        again = self.ptx.reg("again")
+        self.ptx(
+            f"vote.sync.ballot.b32 {again}, {self.never}, 0xffffffff;",
+            f"setp.ne.u32 {self.never}, {again}, 0;",
+            f"@{self.never} bra.uni {self.lost};",
+        )
 
     def _indices(self) -> None:
         """This thread's place in the grid: head, first output tile, first token; in the warpgroup: w, g, t."""
@@ -94,6 +111,9 @@ class _Kernel:
         self.tmp, self.tmp2 = ptx.regs("tmp", 2)
         self.wide = ptx.reg("wide", "b64")
         self.pred, self.fits = ptx.reg("pred", "pred"), ptx.reg("fits", "pred")
+        self.policy = ptx.reg("policy", "b64")
+        if c.evict_first:
+            ptx(f"createpolicy.fractional.L2::evict_first.b64 {self.policy}, 1.0;")
         parts = p.outputs // (BLOCK * c.warpgroups * c.tiles)
         ptx(
             f"mov.u32 {self.tid}, %tid.x;",
@@ -113,10 +133,21 @@ class _Kernel:
             f"mul.lo.u32 {self.tile}, {self.tile}, {c.tiles};",
         )
 
+    def _hint(self, operand: str) -> str:
+        """Of an instruction that reads or writes an operand; the last of its own operands is _policy."""
+        return ".L2::cache_hint" if self.c.evict_first == operand else ""
+
+    def _policy(self, operand: str) -> str:
+        return f", {self.policy}" if self.c.evict_first == operand else ""
+
     def _load_weights(self) -> None:
         """Ask for every byte of weights and scales that this thread will use; see _hold_loads."""
+        self._load_scales()  # first: no weight can be decoded without
+        self._load_codes()
+
+    def _load_codes(self) -> None:
         ptx, p, c = self.ptx, self.p, self.c
-        codes, scales = ptx.reg("codes", "b64"), ptx.reg("scales", "b64")
+        codes = ptx.reg("codes", "b64")
         ptx(
             f"mul.wide.u32 {self.wide}, {self.head}, {p.head_code_bytes};",
             f"add.u64 {codes}, $1, {self.wide};",
@@ -131,6 +162,10 @@ class _Kernel:
                 offset = p.first_code_byte + (tile * self.blocks + block) * _BLOCK_BYTES
                 four = vector(self.words[tile][4 * block : 4 * block + 4])
                 ptx(f"ld.global.nc.L1::no_allocate.v4.b32 {four}, [{codes}+{offset}];")
+
+    def _load_scales(self) -> None:
+        ptx, p, c = self.ptx, self.p, self.c
+        scales = ptx.reg("scales", "b64")
         # A thread's scales of a tile: transposed [m / group][t][K/4 bytes], else [m16][g][2 K / group bytes].
         share = p.contraction // 4 if p.transposed else 2 * p.contraction // p.group
         if p.transposed:
@@ -212,7 +247,10 @@ class _Kernel:
             for slab in range(self.blocks):
                 to = slot + slab * box_bytes(c) + first * SLAB_BYTES
                 source = (token * p.heads * p.x_width + p.first_x + slab * BLOCK) * 2
-                ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x_from}+{source}], 16, {self.tmp};")
+                ptx(
+                    f"{guard}cp.async.cg.shared.global{self._hint('x')} [{self.x_to}+{to}], "
+                    f"[{self.x_from}+{source}], 16, {self.tmp}{self._policy('x')};"
+                )
         ptx("cp.async.commit_group;")
         self.committed.append(tile)
 
@@ -304,6 +342,8 @@ class _Kernel:
         groups = 0
         for first in range(0, self.k_steps, 4):
             if token_tile == 0:
+                if c.token_tiles == 1 and (tile or first):
+                    self._wall()
                 for step in range(first, first + 4):
                     self._decode(tile, step, fragments[step])
                 if c.delay and tile == 0 and first == 4 * (c.delay - 1):
@@ -376,5 +416,6 @@ class _Kernel:
             to = token * p.heads * self.out_width * 2 + tile * BLOCK * 2
             ptx(
                 f"@{self.pred} ld.shared.v4.b32 {vector(self.packed)}, [{self.box}+{buffer + first * SLAB_BYTES}];",
-                f"@{self.pred} st.global.v4.b32 [{self.out}+{to}], {vector(self.packed)};",
+                f"@{self.pred} st.global{self._hint('out')}.v4.b32 [{self.out}+{to}], "
+                f"{vector(self.packed)}{self._policy('out')};",
             )

@@ -18,7 +18,8 @@ def random_array(rng, heads, rows, columns, format="mxfp4") -> tuple[FP4Array, n
     group, end = {"mxfp4": (32, 129), "nvfp4": (16, 0x7F)}[format]
     packed = rng.integers(0, 256, (heads, rows, columns // 2), np.uint8)
     scales = rng.integers(0, end, (heads, rows, columns // group), np.uint8)
-    return FP4Array.from_packed(packed, scales, format=format), packed, scales
+    global_scale = None if format == "mxfp4" else np.float32(0.3)
+    return FP4Array.from_packed(packed, scales, global_scale, format=format), packed, scales
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
