@@ -83,8 +83,9 @@ def build(case: Case, rng: np.random.Generator) -> Built:
     stored = np.full((number, case.page, width), np.nan, np.float32)
     table = rng.permutation(number)[: batch * columns].reshape(batch, columns).astype(np.int32)
     for b, length in enumerate(case.lengths):
-        for s in range(length):
-            stored[table[b, s // case.page], s % case.page] = rounded(rng.standard_normal(width), cache_dtype)
+        slots = np.arange(length)
+        keys = rounded(rng.standard_normal((length, width)), cache_dtype)
+        stored[table[b, slots // case.page], slots % case.page] = keys
     if case.bad_pages:
         table[0, 0] = -1
         table[-1, min(1, columns - 1)] = number
