@@ -249,7 +249,8 @@ def main() -> None:
     alone = args.processes == 1
     torch = None if args.no_torch or args.small or not alone else TorchPeer()  # imports itself while this compiles
     known = [float(value) for value in (args.ceilings or "").split(",") if value]
-    ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
+    with turn(args.lock):
+        ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
     what = {"environment": environment.describe(args.commit), "ceilings": ceilings, "rows": rows, "not_run": skipped}
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -272,7 +273,7 @@ def main() -> None:
         values = {"--ceilings": ",".join(map(str, ceilings.values())), "--names": args.names}
         values["--seconds"] = str(args.seconds - (time.monotonic() - start))
         flags = [f"--{name}" for name in ("no-torch", "small") if getattr(args, name.replace("-", "_"))]
-        run_parts(deal(shapes, args.processes), [*itertools.chain(*values.items()), *flags], take)
+        run_parts(deal(shapes, args.processes), [*itertools.chain(*values.items()), *flags], args.lock, take)
         return
     settings: dict[int, Setting] = {}
     for shape in shapes:

@@ -36,13 +36,14 @@ def deal(shapes: list[Shape], processes: int) -> list[list[Shape]]:
 
 
 def run_parts(
-    parts: list[list[tuple[int, int, int]]], options: list[str], take: Callable[[list, list], None]
+    parts: list[list[Shape]], options: list[str], lock: Path | None, take: Callable[[list, list], None]
 ) -> None:
     """Run bench.step for every part and hand over (rows, shapes not run) of all whenever there are more.
 
     Args:
         parts: shapes of each process.
         options: of all of them.
+        lock: the file by which they take turns; None for one of their own.
         take: called with what is on record so far.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +52,7 @@ def run_parts(
         for i, part in enumerate(parts):
             shapes = ",".join("x".join(map(str, shape)) for shape in part)
             command = [sys.executable, "-m", "bench.step", "--out", str(root / f"{i}.json"), "--shapes", shapes]
-            running.append(subprocess.Popen([*command, "--lock", str(root / "lock"), *options]))
+            running.append(subprocess.Popen([*command, "--lock", str(lock or root / "lock"), *options]))
         while True:
             ended = all(process.poll() is not None for process in running)
             found = [json.loads(path.read_text()) for path in sorted(root.glob("*.json"))]
