@@ -177,7 +177,7 @@ def _decode(
     step = _begin(
         shard, weights, x, cache, config, positions, active, dtype, implementation, attention_implementation
     )
-    q = _latent_query(step, weights, config, implementation)
+    q = _latent_query(step, weights.kv_b_proj, config, implementation)
     with jax.named_scope("mla/attention"):
 
         def attend(cache: Cache, visible: Int[Array, "B T"]):
@@ -196,26 +196,17 @@ def _decode(
 
 
 def _latent_query(
-    step: _Step, weights: MLAWeights, config: MLAConfig, implementation: str | None
+    step: _Step, kv_b_proj: jax.Array | FP4Array, config: MLAConfig, implementation: str | None
 ) -> Float[Array, "B T H LR"]:
     """[q_nope W_K | rotated q_pe]."""
-    nope, kv_b_proj = config.qk_nope_head_dim, weights.kv_b_proj
+    nope = config.qk_nope_head_dim
     if isinstance(kv_b_proj, FP4Array):
-        later, size = _prefetch(weights.o_proj, "o_proj")
         with jax.named_scope("mla/k_up_proj"):
-            static = {"interleaved": config.rope_interleave, "implementation": implementation, "prefetch_bytes": size}
-            return latent_query(step.q, kv_b_proj, step.cos, step.sin, nope, later, **static)
+            static = {"interleaved": config.rope_interleave, "implementation": implementation}
+            return latent_query(step.q, kv_b_proj, step.cos, step.sin, nope, **static)
     q_latent = k_up_proj(step.q, kv_b_proj, nope, implementation=implementation)
     with jax.named_scope("mla/attention"):
         return jnp.concatenate([q_latent, step.q_rope(config)], axis=-1)
-
-
-PREFETCH = {}
-
-
-def _prefetch(weight, name):
-    size = PREFETCH.get(name, 0)
-    return (weight, min(size, weight.size // 2)) if size and isinstance(weight, FP4Array) else (None, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,10 +284,7 @@ def _first_projections(
         unbiased = weights.q_a_proj_bias is None and weights.kv_a_proj_bias is None
         if pair and unbiased and isinstance(q_a_proj, FP4Array) and isinstance(kv_a_proj, FP4Array):
             with jax.named_scope("mla/qkv_a_proj"):
-                later, size = _prefetch(weights.q_b_proj, "q_b_proj")
-                both = fp4_linear_pair(
-                    x, q_a_proj, kv_a_proj, later, implementation=implementation, prefetch_bytes=size
-                )
+                both = fp4_linear_pair(x, q_a_proj, kv_a_proj, implementation=implementation)
             if both is not None:
                 low = Columns(both, 0, config.q_lora_rank)
                 return low, Columns(both, config.q_lora_rank, config.cache_dim)

@@ -26,23 +26,19 @@ _SMS = 128  # of a Hopper GPU, about: one CTA each for DeepSeek-V3's 128 heads
 
 
 # Jitted, so that a program of many equal calls lowers one.
-@functools.partial(
-    jax.jit, static_argnames=("order", "contract", "rows", "x_columns", "config", "rope", "prefetch_bytes")
-)
+@functools.partial(jax.jit, static_argnames=("order", "contract", "rows", "x_columns", "config", "rope"))
 def fp4_bmm_mosaic_gpu(
     x: Float[Array, "B H X"],
     codes: UInt8[Array, "H N half"],
     scales: UInt8[Array, "H N groups"],
     order: FragmentOrder,
     cos_sin: tuple[Float[Array, "B half_R"], Float[Array, "B half_R"]] | None = None,
-    later: UInt8[Array, "*any"] | None = None,
     *,
     contract: str,
     rows: tuple[int, int],
     x_columns: tuple[int, int],
     config: Config | None = None,
     rope: Rope | None = None,
-    prefetch_bytes: int = 0,
 ) -> Float[Array, "B H out"]:
     """out[b, h] = x[b, h, x0 :] times the head's key rows ("rows": over them) or its others ("columns": over C).
 
@@ -52,7 +48,6 @@ def fp4_bmm_mosaic_gpu(
         scales: scale bytes likewise, none above 128.
         order: where the key rows end.
         cos_sin: float32, with rope.
-        later: with rope, what a later kernel reads; its first `prefetch_bytes` are asked for.
         contract: "rows" or "columns".
         rows: (first, number): exactly the key rows for "rows", exactly the others for "columns".
         x_columns: (first, number) of x's columns to use.
@@ -79,13 +74,13 @@ def fp4_bmm_mosaic_gpu(
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
     return mosaic_kernel(
-        functools.partial(program, problem, config, rope, prefetch_bytes if later is not None else 0),
+        functools.partial(program, problem, config, rope),
         out_shape=jax.ShapeDtypeStruct((batch, heads, width), jnp.bfloat16),
         grid=grid(problem, config),
         warpgroups=config.warpgroups,
         shared_memory_bytes=shared_memory_bytes(problem, config),
-        optional=(0 if cos_sin is None else 2) + (0 if later is None else 1),
-    )(x, codes, scales, *(cos_sin or ()), *(() if later is None else (later,)))
+        optional=0 if cos_sin is None else 2,
+    )(x, codes, scales, *(cos_sin or ()))
 
 
 def unsupported(

@@ -18,7 +18,6 @@ from pallas_kernels.fp4_bmm_rope import Rope, rotate
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES, Config, Problem, box_bytes, grid, slot_bytes
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
 from pallas_kernels.fragments import BLOCK, GROUP
-from pallas_kernels.prefetch import prefetch
 from pallas_kernels.ptx import Ptx, vector
 
 _BLOCK_BYTES = 2048  # a 64 x 64 block of weights
@@ -27,20 +26,18 @@ _ALL = 1  # named barrier of the whole CTA (Mosaic has 0); 2 .. warpgroups + 1 a
 _DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
-def program(problem: Problem, config: Config, rope: Rope | None = None, prefetch_bytes: int = 0) -> str:
+def program(problem: Problem, config: Config, rope: Rope | None = None) -> str:
     """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
 
-    With rope also $5 cos, $6 sin; out has the rotated columns after the outputs; and with bytes to prefetch $7, whose
-    first bytes they are.
+    With rope also $5 cos, $6 sin; out has the rotated columns after the outputs.
     """
-    return _Kernel(problem, config, rope, prefetch_bytes).emit()
+    return _Kernel(problem, config, rope).emit()
 
 
 class _Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
-    def __init__(self, problem: Problem, config: Config, rope: Rope | None = None, prefetch_bytes: int = 0):
-        self.prefetch_bytes = prefetch_bytes
+    def __init__(self, problem: Problem, config: Config, rope: Rope | None = None):
         self.p, self.c, self.ptx, self.rope = problem, config, Ptx(), rope
         self.out_width = problem.outputs + (0 if rope is None else rope.columns)
         self.blocks = problem.contraction // BLOCK  # 64-k blocks, also slabs of x
@@ -59,8 +56,6 @@ class _Kernel:
         if self.rope is not None:
             place = {"thread": self.thread, "tile": self.tile, "token": self.token, "head": self.head}
             rotate(self.ptx, self.rope, self.p, self.c, place)
-        if self.prefetch_bytes:
-            prefetch(self.ptx, "$7", self.prefetch_bytes, grid(self.p, self.c), self.tid)
         self._multiply()
         return self.ptx.text()
 

@@ -35,17 +35,15 @@ _L2_BYTES_PER_CYCLE = 3200  # of x, for all SMs
 
 
 # Jitted, so that a program of many equal calls lowers one.
-@functools.partial(jax.jit, static_argnames=("out_dtype", "config", "prefetch_bytes"))
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config"))
 def fp4_linear_mosaic_gpu(
     x: Float[Array, "M K"],
     codes: UInt8[Array, "N half"],
     scales: UInt8[Array, "N groups"],
     second: tuple[UInt8[Array, "N2 half"], UInt8[Array, "N2 groups"]] | None = None,
-    later: UInt8[Array, "*any"] | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
     config: Config | None = None,
-    prefetch_bytes: int = 0,
 ) -> Float[Array, "M N_all"]:
     """out[m, n] = sum_k x[m, k] A[n, k], accumulated in float32.
 
@@ -53,7 +51,6 @@ def fp4_linear_mosaic_gpu(
         x: bfloat16.
         codes: packed bytes in fragment order, without key rows.
         scales: scale bytes likewise, none above 128.
-        later: beside a second, what a later kernel reads; its first `prefetch_bytes` are asked for.
         second: codes and scales of another weight, whose outputs follow: A is the first on top of the second.
         out_dtype: bfloat16 or float32.
         config: None for default_config.
@@ -75,14 +72,14 @@ def fp4_linear_mosaic_gpu(
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
     return mosaic_kernel(
-        functools.partial(program, problem, config, 0 if later is None else prefetch_bytes),
+        functools.partial(program, problem, config),
         out_shape=jax.ShapeDtypeStruct((batch, outputs), out_dtype),
         grid=tiling.clusters(problem, config),
         warpgroups=config.warpgroups,
         shared_memory_bytes=tiling.shared_memory_bytes(config),
         cluster=config.split,
-        optional=(0 if second is None else 2) + (0 if later is None else 1),
-    )(x, codes, scales, *(second or ()), *(() if later is None else (later,)))
+        optional=0 if second is None else 2,
+    )(x, codes, scales, *(second or ()))
 
 
 def unsupported(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str | None:

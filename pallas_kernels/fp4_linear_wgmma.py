@@ -19,7 +19,6 @@ from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
 from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Config, Problem
 from pallas_kernels.fragments import BLOCK
-from pallas_kernels.prefetch import prefetch
 from pallas_kernels.ptx import Ptx, vector
 
 _ALL = 1  # named barrier of the whole CTA (Mosaic has 0)
@@ -27,20 +26,18 @@ _ALL = 1  # named barrier of the whole CTA (Mosaic has 0)
 _DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
-def program(problem: Problem, config: Config, prefetch_bytes: int = 0) -> str:
+def program(problem: Problem, config: Config) -> str:
     """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
 
-    Of a second weight below the first: $5 codes, $6 scales. With those, and bytes to prefetch, $7, whose first they
-    are.
+    Of a second weight below the first: $5 codes, $6 scales.
     """
-    return _Kernel(problem, config, prefetch_bytes).emit()
+    return _Kernel(problem, config).emit()
 
 
 class _Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
-    def __init__(self, problem: Problem, config: Config, prefetch_bytes: int = 0):
-        self.prefetch_bytes = prefetch_bytes
+    def __init__(self, problem: Problem, config: Config):
         self.p, self.c, self.ptx = problem, config, Ptx()
         self.threads = 128 * config.warpgroups
         self.stages = tiling.stages(problem, config)
@@ -59,9 +56,6 @@ class _Kernel:
         if self.c.push:
             self._expect_partial_results()
         self._multiply()
-        if self.prefetch_bytes:
-            ctas = tiling.clusters(self.p, self.c) * self.c.split
-            prefetch(self.ptx, "$7", self.prefetch_bytes, ctas, self.tid)
         if self.c.push:
             self._push_partial_results()
             self._add_pushed_and_store()

@@ -24,11 +24,9 @@ def latent_query(
     cos: Float[Array, "B T half_R"],
     sin: Float[Array, "B T half_R"],
     qk_nope_head_dim: int,
-    later: FP4Array | None = None,
     *,
     interleaved: bool,
     implementation: str | None = None,
-    prefetch_bytes: int = 0,
 ) -> Float[Array, "B T H LR"]:
     """[q_nope W_K | rotate(q_pe)]: out[h, l] = sum_p q[h, p] kv_b_proj[h, p, l], then q's last R columns, rotated.
 
@@ -46,12 +44,12 @@ def latent_query(
     static = {"nope": qk_nope_head_dim, "interleaved": interleaved}
     plain = functools.partial(_plain, implementation=implementation, **static)
     if _why_not(q, kv_b_proj, qk_nope_head_dim, interleaved, implementation) is not None:
-        return plain(q, kv_b_proj, cos, sin, None)
-    run = functools.partial(_run, prefetch_bytes=prefetch_bytes, **static)
+        return plain(q, kv_b_proj, cos, sin)
+    run = functools.partial(_run, **static)
     if implementation == MOSAIC:
-        return run(q, kv_b_proj, cos, sin, later)
+        return run(q, kv_b_proj, cos, sin)
     # Decided for the device that is traced for; a program lowered for another one falls back.
-    return jax.lax.platform_dependent(q, kv_b_proj, cos, sin, later, cuda=run, default=plain)
+    return jax.lax.platform_dependent(q, kv_b_proj, cos, sin, cuda=run, default=plain)
 
 
 def _why_not(q: Array, w: FP4Array, nope: int, interleaved: bool, implementation: str | None) -> str | None:
@@ -73,25 +71,15 @@ def _operands(q: Array, nope: int, interleaved: bool) -> dict:
     return {"contract": "rows", "rows": (0, nope), "x_columns": (0, nope), "rope": rotated}
 
 
-def _run(q: Array, w: FP4Array, cos: Array, sin: Array, later: FP4Array | None, *, nope, interleaved, prefetch_bytes):
+def _run(q: Array, w: FP4Array, cos: Array, sin: Array, *, nope: int, interleaved: bool) -> Array:
     assert w.order is not None
     x, *cos_sin = (array.reshape(-1, *array.shape[2:]) for array in (q, cos, sin))
     operands = _operands(q, nope, interleaved)
-    out = mosaic.fp4_bmm_mosaic_gpu(
-        x,
-        w.packed,
-        w.scales,
-        w.order,
-        (cos_sin[0], cos_sin[1]),
-        None if later is None else later.packed,
-        prefetch_bytes=prefetch_bytes,
-        **operands,
-    )
+    out = mosaic.fp4_bmm_mosaic_gpu(x, w.packed, w.scales, w.order, (cos_sin[0], cos_sin[1]), **operands)
     return out.reshape(*q.shape[:3], out.shape[-1])
 
 
-def _plain(q, w, cos, sin, later, *, nope: int, interleaved: bool, implementation: str | None = None) -> Array:
-    del later
+def _plain(q, w, cos, sin, *, nope: int, interleaved: bool, implementation: str | None = None) -> Array:
     columns = (0, nope)
     flat = q.reshape(-1, *q.shape[2:])
     latent = fp4_bmm(flat, w, "rows", rows=columns, x_columns=columns, implementation=implementation)

@@ -19,13 +19,7 @@ from pallas_kernels.fragments import BLOCK, FragmentOrder
 
 
 def fp4_linear_pair(
-    x: Float[Array, "*batch C"],
-    first: FP4Array,
-    second: FP4Array,
-    later: FP4Array | None = None,
-    *,
-    implementation: str | None = None,
-    prefetch_bytes: int = 0,
+    x: Float[Array, "*batch C"], first: FP4Array, second: FP4Array, *, implementation: str | None = None
 ) -> Float[Array, "*batch N_all"] | None:
     """[x @ first.T | x @ second.T] in one kernel that reads both weights where they are, or None if none can.
 
@@ -41,21 +35,20 @@ def fp4_linear_pair(
         return None
     flat = x.reshape(-1, x.shape[-1])
     if implementation == MOSAIC:
-        y = _run(flat, first, second, later, prefetch_bytes=prefetch_bytes)
+        y = _run(flat, first, second)
     else:
         # Decided for the device that is traced for; a program lowered for another one falls back.
-        run = functools.partial(_run, prefetch_bytes=prefetch_bytes)
-        y = jax.lax.platform_dependent(flat, first, second, later, cuda=run, default=_plain)
+        y = jax.lax.platform_dependent(flat, first, second, cuda=_run, default=_plain)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _run(x: Array, first: FP4Array, second: FP4Array, later: FP4Array | None, *, prefetch_bytes: int) -> Array:
-    operands = (first.packed, first.scales, (second.packed, second.scales), None if later is None else later.packed)
-    return mosaic.fp4_linear_mosaic_gpu(x, *operands, out_dtype=x.dtype, prefetch_bytes=prefetch_bytes)
+def _run(x: Array, first: FP4Array, second: FP4Array) -> Array:
+    return mosaic.fp4_linear_mosaic_gpu(
+        x, first.packed, first.scales, (second.packed, second.scales), out_dtype=x.dtype
+    )
 
 
-def _plain(x: Array, first: FP4Array, second: FP4Array, later: FP4Array | None) -> Array:
-    del later
+def _plain(x: Array, first: FP4Array, second: FP4Array) -> Array:
     product = functools.partial(einsum_rounded, "mc,nc->mn", x, dtype=x.dtype)
     return jnp.concatenate([product(fp4_dense(w, x.dtype)) for w in (first, second)], axis=-1)
 
