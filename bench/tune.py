@@ -2,8 +2,9 @@
 
     python -m bench.tune --table pallas_kernels/tuned_tables
 
-Every candidate must give exact results before it is timed. A run that was broken off goes on where it stopped:
-problems in the table are skipped. Candidates that do not compile are skipped too. Nothing else tunes, ever.
+Every candidate must give exact results before it is timed, and beat the default by more than noise to be in the
+table. A run that was broken off goes on where it stopped: problems in the table are skipped. Candidates that do not
+compile are skipped too. Nothing else tunes, ever.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,13 +25,17 @@ import numpy as np
 from tqdm import tqdm
 
 from bench import environment
-from bench.matmul import BATCHES, DEEPSEEK_V3, MOSAIC, OPS, Setting
-from bench.timing import kernel_us
-from mla_fp4_jax import fp4_bmm
+from bench.matmul import BATCHES, DEEPSEEK_V3, MOSAIC, OPS, OTHER_SHAPES, Setting, Shape
+from bench.timing import empty_out, in_place, kernel_us
+from mla_fp4_jax import FP4Array, fp4_bmm
 from pallas_kernels.fp4_bmm_mosaic_gpu import NAME, default_config, problem_of
 from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.tuned import table_name
+
+SHAPES = (DEEPSEEK_V3, *OTHER_SHAPES)
+FINALISTS = 3  # timed twice, as is the default
+NOISE = 0.02  # of a time; less is no gain
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
@@ -62,38 +70,66 @@ def candidates(problem: Problem) -> Iterator[Config]:
             yield config
 
 
-def product(contract: str, rows, x_columns, config: Config, x, w):
+def product(shape: Shape, op: str, config: Config, x: jax.Array, w: FP4Array) -> jax.Array:
+    contract, rows, x_columns = _operands(shape, op)
     return fp4_bmm(x, w, contract, rows=rows, x_columns=x_columns, implementation=MOSAIC, config=config)
 
 
-def tune(setting: Setting, op: str, batch: int) -> dict[str, object]:
-    """One row of the table: the fastest exact candidate."""
-    shape, w = setting.shape, setting.exact.in_fragment_order(setting.shape.P)
-    if op == "k_up":
-        contract, rows, x_columns = "rows", (0, shape.P), (0, shape.P)
-    else:
-        contract, rows, x_columns = "columns", (shape.P, shape.V), None
+def problem(setting: Setting, op: str, batch: int) -> Problem:
+    """As fp4_bmm has it: the whole query for k_up, whose rope columns are skipped in place."""
+    w = setting.weights[MOSAIC][0]
     assert w.order is not None
-    x = setting.integers[op][:batch]
-    problem = problem_of(x, w.packed, w.scales, w.order, contract, 0)
-    times: dict[Config, float] = {}
-    for config in candidates(problem):
-        call = jax.jit(functools.partial(product, contract, rows, x_columns, config))
+    return problem_of(setting.normals[op][:batch], w.packed, w.scales, w.order, _operands(setting.shape, op)[0], 0)
+
+
+def tune(setting: Setting, op: str, batch: int) -> dict[str, object]:
+    """One row of the table: the fastest exact candidate, or the default where none is faster by more than noise."""
+    static, weights = problem(setting, op, batch), setting.weights[MOSAIC]
+    integers, normals = setting.integers[op][:batch], setting.normals[op][:batch]
+    exact = setting.exact.in_fragment_order(setting.shape.P)
+
+    def attempt(config: Config) -> tuple[Callable, Callable] | None:
+        call = functools.partial(product, setting.shape, op, config)
         try:
-            exact = np.array_equal(np.asarray(call(x, w)), setting.references[op][:batch])
+            return call, in_place(call, (normals, weights[0]))
         except (jax.errors.JaxRuntimeError, ValueError):
+            return None
+
+    tried = list(candidates(static))
+    with ThreadPoolExecutor() as threads:
+        compiled = dict(zip(tried, threads.map(attempt, tried), strict=True))
+
+    def time_of(config: Config) -> float:
+        assert (both := compiled[config]) is not None
+        return kernel_us(both[0], [(normals, w) for w in weights], both[1])[0]
+
+    times: dict[Config, float] = {}
+    for config, both in compiled.items():
+        if both is None:
             continue
-        if not exact:
+        y = both[1](empty_out(both[0], (integers, exact)), (integers, exact))
+        if not np.array_equal(np.asarray(y), setting.references[op][:batch]):
             raise RuntimeError(f"{op}, B = {batch}: {config} gives wrong results.")
-        times[config], _ = kernel_us(call, [(setting.normals[op][:batch], each) for each in setting.weights[MOSAIC]])
-    best = min(times, key=lambda config: times[config])
+        times[config] = time_of(config)
+    default = tried[0]
+    fastest = sorted(times, key=lambda config: times[config])[:FINALISTS]
+    for config in dict.fromkeys([default, *fastest]):
+        times[config] = statistics.mean((times[config], time_of(config)))
+    best = min(fastest, key=lambda config: times[config])
+    if times[best] > (1 - NOISE) * times[default]:
+        best = default
     return {
-        "problem": dataclasses.asdict(problem),
+        "problem": dataclasses.asdict(static),
         "config": dataclasses.asdict(best),
         "kernel_us": round(times[best], 3),
-        "default_us": round(times[default_config(problem)], 3),
+        "default_us": round(times[default], 3),
         "candidates": len(times),
     }
+
+
+def _operands(shape: Shape, op: str) -> tuple[str, tuple[int, int], tuple[int, int] | None]:
+    """contract, rows and x_columns of fp4_bmm."""
+    return ("rows", (0, shape.P), (0, shape.P)) if op == "k_up" else ("columns", (shape.P, shape.V), None)
 
 
 def main() -> None:
@@ -108,16 +144,20 @@ def main() -> None:
     table = json.loads(path.read_text()) if path.exists() else {}
     table["environment"] = environment.describe(args.commit)
     rows = table.setdefault(NAME, [])
-    setting = Setting(DEEPSEEK_V3)
-    for batch in tqdm(BATCHES, desc="tune", mininterval=5):
-        for op in OPS:
-            known = {(row["problem"]["transposed"], row["problem"]["batch"]) for row in rows}
-            if (op == "k_up", batch) in known or time.monotonic() - start > args.seconds:
+    known = {Problem(**row["problem"]) for row in rows}
+    progress = tqdm(total=len(SHAPES) * len(BATCHES) * len(OPS), desc="tune", mininterval=5)
+    for shape in SHAPES:
+        if time.monotonic() - start > args.seconds:
+            break
+        setting = Setting(shape)
+        for batch, op in itertools.product(BATCHES, OPS):
+            progress.update()
+            if problem(setting, op, batch) in known or time.monotonic() - start > args.seconds:
                 continue
-            rows.append(tune(setting, op, batch))
+            row = tune(setting, op, batch)
+            rows.append(row)
             path.write_text(json.dumps(table, indent=1) + "\n")
-            row = rows[-1]
-            print(op, batch, row["kernel_us"], "default", row["default_us"], row["config"], flush=True)
+            print(shape, op, batch, row["kernel_us"], "default", row["default_us"], row["config"], flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pallas_kernels.backend import target_gpu
 from pallas_kernels.fp4_bmm_rope import Rope
 from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes
 from pallas_kernels.fp4_bmm_wgmma import program
-from pallas_kernels.fragments import BLOCK, FragmentOrder
+from pallas_kernels.fragments import BLOCK, GROUP, FragmentOrder
 from pallas_kernels.tuned import tuned_config
 
 NAME = "fp4_bmm_mosaic_gpu"  # in the tuned tables
@@ -32,6 +32,7 @@ def fp4_bmm_mosaic_gpu(
     codes: UInt8[Array, "H N half"],
     scales: UInt8[Array, "H N groups"],
     order: FragmentOrder,
+    global_scale: Float[Array, ""] | None = None,
     cos_sin: tuple[Float[Array, "B half_R"], Float[Array, "B half_R"]] | None = None,
     *,
     contract: str,
@@ -45,8 +46,9 @@ def fp4_bmm_mosaic_gpu(
     Args:
         x: bfloat16.
         codes: packed bytes in fragment order.
-        scales: scale bytes likewise, none above 128.
+        scales: scale bytes likewise, e8m0 up to 128 where they are C / 32 a row, e4m3 from 0 to 448 where C / 16.
         order: where the key rows end.
+        global_scale: float32, of NVFP4 alone; None for 1. It multiplies the accumulator.
         cos_sin: float32, with rope.
         contract: "rows" or "columns".
         rows: (first, number): exactly the key rows for "rows", exactly the others for "columns".
@@ -71,6 +73,9 @@ def fp4_bmm_mosaic_gpu(
         return jnp.zeros((0, heads, width), jnp.bfloat16)
     config = best_config(problem) if config is None else config
     check_config(problem, config)
+    more = list(cos_sin or ())
+    if problem.group != GROUP:
+        more.insert(0, jnp.ones(1, jnp.float32) if global_scale is None else global_scale.reshape(1))
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
     return mosaic_kernel(
@@ -79,8 +84,8 @@ def fp4_bmm_mosaic_gpu(
         grid=grid(problem, config),
         warpgroups=config.warpgroups,
         shared_memory_bytes=shared_memory_bytes(problem, config),
-        optional=0 if cos_sin is None else 2,
-    )(x, codes, scales, *(cos_sin or ()))
+        optional=len(more),
+    )(x, codes, scales, *more)
 
 
 def unsupported(
@@ -137,6 +142,7 @@ def problem_of(x, codes, scales, order: FragmentOrder, contract: str, first_x: i
         first_code_byte=0 if transposed else split * half,
         head_scale_bytes=total * scales.shape[2],
         first_scale_byte=0 if transposed else split * scales.shape[2],
+        group=columns // scales.shape[2],
     )
 
 

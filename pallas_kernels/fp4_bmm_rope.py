@@ -36,13 +36,16 @@ def unsupported(rope: Rope) -> str | None:
     return None
 
 
-def rotate(ptx: Ptx, rope: Rope, problem: Problem, config: Config, place: dict[str, str]) -> None:
-    """Emit it: $0 x, $3 out, $5 cos and $6 sin, float32 [B, R/2].
+def rotate(
+    ptx: Ptx, rope: Rope, problem: Problem, config: Config, place: dict[str, str], tables: tuple[str, str]
+) -> None:
+    """Emit it: $0 x, $3 out.
 
     Args:
         ptx: the program.
         rope, problem, config: the static side.
         place: registers of this thread: "thread" of its warpgroup, the warpgroup's first "tile", "token", "head".
+        tables: operands with the addresses of cos and sin, float32 [B, R/2].
     """
     p, half, chunks = problem, rope.columns // 2, rope.columns // (2 * PAIRS)
     width = p.outputs + rope.columns  # of out
@@ -83,7 +86,7 @@ def rotate(ptx: Ptx, rope: Rope, problem: Problem, config: Config, place: dict[s
         ptx(f"ld.global.v2.b32 {vector(words[2:])}, [{x}+{first + half * 2}];")
         low = [(words[0], a[0]), (words[1], a[2]), (words[2], b[0]), (words[3], b[2])]
         high = [(words[0], a[1]), (words[1], a[3]), (words[2], b[1]), (words[3], b[3])]
-    for number, values in (("$5", cos), ("$6", sin)):
+    for number, values in zip(tables, (cos, sin), strict=True):
         ptx(
             f"mad.lo.u32 {at}, {row}, {half}, 0;",
             f"mad.lo.u32 {at}, {chunk}, {PAIRS}, {at};",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.fragments import BLOCK
+from pallas_kernels.fragments import BLOCK, GROUP
 
 SLAB_BYTES = 128  # 64 bfloat16: the row of a 128-byte swizzle
 ALIGNMENT = 1024  # of a swizzled matrix, bytes: eight rows
@@ -46,6 +46,7 @@ class Problem:
         x_width, first_x: x is [B, H, x_width] and used from column first_x on.
         head_code_bytes, first_code_byte: of a head's codes, and where the used ones begin in it.
         head_scale_bytes, first_scale_byte: likewise.
+        group: weights to a scale: 32 of MXFP4, 16 of NVFP4.
     """
 
     transposed: bool
@@ -59,6 +60,7 @@ class Problem:
     first_code_byte: int
     head_scale_bytes: int
     first_scale_byte: int
+    group: int = GROUP
 
 
 def grid(problem: Problem, config: Config) -> int:

@@ -14,9 +14,19 @@ accumulator. A row's result does not depend, bit for bit, on the batch that it s
 
 from __future__ import annotations
 
+import functools
+
 from pallas_kernels.fp4_bmm_rope import Rope, rotate
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES, Config, Problem, box_bytes, grid, slot_bytes
-from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
+from pallas_kernels.fp4_fragment_ptx import (
+    E4M3_UNIT,
+    Constants,
+    bias_scales,
+    decode_word,
+    e4m3_pair,
+    multiply,
+    scale_pair,
+)
 from pallas_kernels.fragments import BLOCK, GROUP
 from pallas_kernels.ptx import Ptx, vector
 
@@ -29,7 +39,8 @@ _DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 def program(problem: Problem, config: Config, rope: Rope | None = None) -> str:
     """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
 
-    With rope also $5 cos, $6 sin; out has the rotated columns after the outputs.
+    Then, where there are such, NVFP4's global scale, and with rope cos and sin; out has the rotated columns after the
+    outputs.
     """
     return _Kernel(problem, config, rope).emit()
 
@@ -42,6 +53,7 @@ class _Kernel:
         self.out_width = problem.outputs + (0 if rope is None else rope.columns)
         self.blocks = problem.contraction // BLOCK  # 64-k blocks, also slabs of x
         self.k_steps = problem.contraction // 16
+        self.nvfp4 = problem.group != GROUP
         self.committed: list[int] = []  # token tiles in the order of their cp.async groups; -1 for an empty group
 
     def emit(self) -> str:
@@ -55,7 +67,7 @@ class _Kernel:
         self._hold_loads()
         if self.rope is not None:
             place = {"thread": self.thread, "tile": self.tile, "token": self.token, "head": self.head}
-            rotate(self.ptx, self.rope, self.p, self.c, place)
+            rotate(self.ptx, self.rope, self.p, self.c, place, ("$6", "$7") if self.nvfp4 else ("$5", "$6"))
         self._multiply()
         return self.ptx.text()
 
@@ -119,12 +131,12 @@ class _Kernel:
                 offset = p.first_code_byte + (tile * self.blocks + block) * _BLOCK_BYTES
                 four = vector(self.words[tile][4 * block : 4 * block + 4])
                 ptx(f"ld.global.nc.L1::no_allocate.v4.b32 {four}, [{codes}+{offset}];")
-        # A thread's scales of a tile: transposed [m32][t][K/4 bytes], else [m16][g][K/16 bytes].
-        share = p.contraction // (4 if p.transposed else 16)
+        # A thread's scales of a tile: transposed [m / group][t][K/4 bytes], else [m16][g][2 K / group bytes].
+        share = p.contraction // 4 if p.transposed else 2 * p.contraction // p.group
         if p.transposed:
             ptx(
-                f"shr.u32 {self.tmp}, {self.w}, 1;",
-                f"mad.lo.u32 {self.tmp}, {self.tile}, 2, {self.tmp};",
+                f"shr.u32 {self.tmp}, {self.w}, {p.group // 32};",
+                f"mad.lo.u32 {self.tmp}, {self.tile}, {BLOCK // p.group}, {self.tmp};",
                 f"mad.lo.u32 {self.tmp}, {self.tmp}, 4, {self.t};",
             )
         else:
@@ -144,11 +156,17 @@ class _Kernel:
             words = []
             for first in range(0, share, 4 * width):
                 some = ptx.regs("scale", width)
-                offset = p.first_scale_byte + tile * (BLOCK * p.contraction // GROUP) + first
+                offset = p.first_scale_byte + tile * (BLOCK * p.contraction // p.group) + first
                 suffix = f".v{width}" if width > 1 else ""
                 ptx(f"ld.global.nc{suffix}.b32 {vector(some) if width > 1 else some[0]}, [{scales}+{offset}];")
                 words += some
             self.scales.append(words)
+        if self.nvfp4:
+            self.global_scale = ptx.reg("global", "f32")
+            ptx(
+                f"ld.global.nc.f32 {self.global_scale}, [$5];",
+                f"mul.rn.f32 {self.global_scale}, {self.global_scale}, {E4M3_UNIT};",
+            )
 
     def _x_addresses(self) -> None:
         """Thread -> 16-byte chunk tid % 8 of row tid / 8 of a slab; the swizzle is chunk ^ (row % 8)."""
@@ -313,17 +331,18 @@ class _Kernel:
 
     def _decode(self, tile: int, step: int, into: list[str]) -> None:
         ptx, scales = self.ptx, self.scales[tile]
-        if step == 0:
+        pair = functools.partial(e4m3_pair, ptx, self.constants) if self.nvfp4 else functools.partial(scale_pair, ptx)
+        if step == 0 and not self.nvfp4:
             bias_scales(ptx, self.constants, scales)
         decode_word(ptx, self.constants, self.words[tile][step], into)
         low, high = self.factors
         if self.p.transposed:  # a factor for each of the thread's four k, the same for both rows
-            scale_pair(ptx, scales[step], 0, 1, low)
-            scale_pair(ptx, scales[step], 2, 3, high)
-        elif step % 2 == 0:  # a factor for each of its two rows, the same for 32 k
-            byte = 2 * (step // 2 % 2)
-            scale_pair(ptx, scales[step // 4], byte, byte, low)
-            scale_pair(ptx, scales[step // 4], byte + 1, byte + 1, high)
+            pair(scales[step], 0, 1, low)
+            pair(scales[step], 2, 3, high)
+        elif 16 * step % self.p.group == 0:  # a factor for each of its two rows, the same for a group of k
+            word, byte = divmod(2 * (16 * step // self.p.group), 4)
+            pair(scales[word], byte, byte, low)
+            pair(scales[word], byte + 1, byte + 1, high)
         for p, register in enumerate(into):
             multiply(ptx, register, self.factors[p >> 1 if self.p.transposed else p & 1])
 
@@ -332,6 +351,8 @@ class _Kernel:
         ptx, p, c = self.ptx, self.p, self.c
         tile, token_tile = step
         ptx(f"wgmma.wait_group.sync.aligned {later};")
+        if self.nvfp4:
+            ptx(*(f"mul.rn.f32 {register}, {register}, {self.global_scale};" for register in acc))
         buffer = number % 2 * box_bytes(c)
         for first in range(0, c.tokens // 8, 2):
             count = min(2, c.tokens // 8 - first)

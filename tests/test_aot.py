@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 import sm90
 from flax import nnx
-from kernel_checks import Case, run
+from kernel_checks import GROUP, Case, run
 
 from mla_fp4_jax import FP4Array, MLAAttention, MLAConfig, one_pack
 from mla_fp4_jax.ops.implementations import PREFERENCE, TRITON, XLA
@@ -26,8 +26,9 @@ shape = jax.ShapeDtypeStruct
 
 
 def abstract_pack(case: Case, implementation: str) -> FP4Array:
-    rows = (case.H, case.P + case.V)
-    w = FP4Array(shape((*rows, case.L), jnp.float4_e2m1fn), shape((*rows, case.L // 32), jnp.uint8))
+    rows, groups = (case.H, case.P + case.V), case.L // GROUP[case.format]
+    scale = shape((), jnp.float32) if case.format == "nvfp4" else None
+    w = FP4Array(shape((*rows, case.L), jnp.float4_e2m1fn), shape((*rows, groups), jnp.uint8), scale, case.format)
     if implementation != "mosaic_gpu":
         return w
     from pallas_kernels.fragments import FragmentOrder
@@ -58,6 +59,14 @@ def test_deepseek_v3(implementation, contract, batch):
     check_kernels(program)
     assert len(program.kernels) == 1 and program.dynamic_shared_bytes
     assert program.temp_bytes == 0 and program.moves_of(*PACKED) == [] and program.moves_of("bf16") == []
+
+
+@pytest.mark.parametrize("contract", ["rows", "columns"])
+@pytest.mark.parametrize("batch", [1, 64, 512])
+def test_nvfp4_in_fragment_order(batch, contract):
+    program = compile_bmm("mosaic_gpu", Case(batch, 128, 128, 128, 512, format="nvfp4"), contract)
+    check_kernels(program)
+    assert len(program.kernels) == 1 and program.temp_bytes == 0 and program.moves_of(*PACKED) == []
 
 
 @pytest.mark.parametrize("contract", ["rows", "columns"])

@@ -22,6 +22,7 @@ BEGIN, END = "<!-- benchmarks: written by python -m bench.report -->\n", "<!-- e
 # Ending of a result's name -> the section's text made of it, in the README's order.
 SECTIONS: dict[str, Callable[[dict], str]] = {
     "fp4_bmm": matmul.section,
+    "fp4_bmm_shapes": matmul.shapes_section,
     "fp4_linear_sweep": linear.section,
     "mla_decode": decode.section,
     "step": step.section,

@@ -20,7 +20,7 @@ def pair(found: dict, name: str, batch: int) -> str:
 
 
 def section(result: dict) -> str:
-    """DeepSeek-V3's products by batch, then where FP4 does not win among other shapes."""
+    """DeepSeek-V3's products by batch."""
     shape = str(matmul.DEEPSEEK_V3)
     kernel, call = times(result["rows"], "kernel_us", shape), times(result["rows"], "call_us", shape)
     ceiling = result["ceilings"]
@@ -42,30 +42,28 @@ def section(result: dict) -> str:
     ]
     names = (matmul.MOSAIC, matmul.DENSE, "triton dot_scaled", "triton w8a8", "cublas bf16")
     lines += [row(batch, *(pair(call, name, batch) for name in names)) for batch in matmul.BATCHES]
-    lines += other_shapes(result["rows"])
     lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)"]
     return "\n".join(lines)
 
 
-def other_shapes(rows: list[dict]) -> list[str]:
+def shapes_section(result: dict) -> str:
     """XLA bf16's kernel time over mosaic_gpu's: above 1 FP4 is faster."""
-    heading = [
-        "",
+    rows = result["rows"]
+    batches = sorted(matmul.OTHER_BATCHES)
+    lines = [
         "Other shapes: kernel time of XLA bf16 over that of `mosaic_gpu`, k_up / v_up; above 1 FP4 is faster.",
         "",
-        *rule("shape", *(f"B = {batch}" for batch in matmul.OTHER_BATCHES)),
+        *rule("shape", *(f"B = {batch}" for batch in batches)),
     ]
-    lines = list(heading)
     for shape in map(str, matmul.OTHER_SHAPES):
         found = times([r for r in rows if r.get("shape") == shape], "kernel_us")
         cells = []
-        for batch in matmul.OTHER_BATCHES:
+        for batch in batches:
             keys = [((matmul.DENSE, op, batch), (matmul.MOSAIC, op, batch)) for op in matmul.OPS]
             ratios = [f"{found[dense] / found[own]:.2f}" for dense, own in keys if dense in found and own in found]
             cells.append(" / ".join(ratios) or "-")
-        if set(cells) != {"-"}:
-            lines.append(row(shape, *cells))
-    return lines if len(lines) > len(heading) else []
+        lines.append(row(shape, *cells))
+    return "\n".join(lines)
 
 
 def plot(result: dict, path: Path) -> None:

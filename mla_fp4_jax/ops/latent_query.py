@@ -75,7 +75,9 @@ def _run(q: Array, w: FP4Array, cos: Array, sin: Array, *, nope: int, interleave
     assert w.order is not None
     x, *cos_sin = (array.reshape(-1, *array.shape[2:]) for array in (q, cos, sin))
     operands = _operands(q, nope, interleaved)
-    out = mosaic.fp4_bmm_mosaic_gpu(x, w.packed, w.scales, w.order, (cos_sin[0], cos_sin[1]), **operands)
+    out = mosaic.fp4_bmm_mosaic_gpu(
+        x, w.packed, w.scales, w.order, w.global_scale, (cos_sin[0], cos_sin[1]), **operands
+    )
     return out.reshape(*q.shape[:3], out.shape[-1])
 
 
