@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from bench.step_layer import dense_layer, fp4_layer, plain_step, v3_config
 from bench.step_peer import TorchPeer
 from bench.step_stages import by_stage, floors, stages_of_kernels
 from bench.step_timing import held, kernels, loop_us, measure_ceilings, total
+from bench.step_turns import deal, run_parts, turn
 from mla_fp4_jax import MLAConfig, MLAWeights, mla_decode
 from mla_fp4_jax.cache import PagedLatentCache
 from mla_fp4_jax.kernel_order import order_for_device
@@ -150,7 +152,7 @@ def inputs(setting: Setting, name: str, shape: Shape):
 class Programs:
     """What one shape needs, compiled: one after the other where XLA tries library kernels on the GPU meanwhile."""
 
-    def __init__(self, setting: Setting, shape: Shape, names: list[str]):
+    def __init__(self, setting: Setting, shape: Shape, names: list[str], lock: Path | None = None):
         self.seconds: dict[str, float] = {}
         untuned: Any = {} if jax.default_backend() == "cpu" else {"xla_gpu_autotune_level": 0}
 
@@ -174,7 +176,9 @@ class Programs:
         with ThreadPoolExecutor(2) as pool:  # these have no library product, or no time to lose on it
             exact = pool.submit(compiled_exact)
             fp4 = pool.submit(compiled_step, FP4, untuned) if FP4 in names else None
-            self.steps = {name: compiled_step(name) for name in names if name != FP4}
+            tuned = [name for name in names if name != FP4]
+            with turn(lock if tuned else None):
+                self.steps = {name: compiled_step(name) for name in tuned}
             if fp4 is not None:
                 self.steps[FP4] = fp4.result()
             self.exact = exact.result()
@@ -205,6 +209,13 @@ def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> di
     return row | {"measure_s": round(time.monotonic() - start, 1)}
 
 
+def write(path: Path, what: dict[str, Any]) -> None:
+    """At once, for those who read it meanwhile."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(what, indent=1) + "\n")
+    part.replace(path)
+
+
 def memory_of_all_layers(*options: str, seconds: float = 90) -> dict[str, Any]:
     """bench.step_memory's account."""
     command = [sys.executable, "-m", "bench.step_memory", *options]
@@ -221,6 +232,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
+    parser.add_argument("--processes", type=int, default=1, help="that compile side by side and measure in turns")
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--shapes", help="heads x sequences x keys, as 128x32x4096,16x64x16384")
     parser.add_argument("--names", default=",".join(NAMES), help="compositions, separated by commas")
     parser.add_argument("--ceilings", metavar="TB/S,TFLOP/S", help="as measured before; default: measure them")
@@ -233,9 +246,11 @@ def main() -> None:
     if args.shapes:
         shapes = [(h, b, s) for h, b, s in (map(int, text.split("x")) for text in args.shapes.split(","))]
     names, rows, skipped = args.names.split(","), [], []
-    torch = None if args.no_torch or args.small else TorchPeer()  # imports itself while this process compiles
+    alone = args.processes == 1
+    torch = None if args.no_torch or args.small or not alone else TorchPeer()  # imports itself while this compiles
     known = [float(value) for value in (args.ceilings or "").split(",") if value]
-    ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
+    with turn(args.lock):
+        ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
     what = {"environment": environment.describe(args.commit), "ceilings": ceilings, "rows": rows, "not_run": skipped}
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -243,12 +258,23 @@ def main() -> None:
         rows.append(row)
         shown = {key: value for key, value in row.items() if key not in ("kernels", "floors")}
         print(f"{time.monotonic() - start:5.1f} s", shown, flush=True)
-        args.out.write_text(json.dumps(what, indent=1) + "\n")
+        write(args.out, what)
 
     print(f"{time.monotonic() - start:5.1f} s", ceilings, flush=True)
     if args.memory:
         what["memory"] = memory_of_all_layers(*(["--small"] if args.small else []))
         print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
+    if not alone:
+
+        def take(found: list[dict[str, Any]], left: list[Any]) -> None:
+            rows[:], skipped[:] = found, left
+            write(args.out, what)
+
+        values = {"--ceilings": ",".join(map(str, ceilings.values())), "--names": args.names}
+        values["--seconds"] = str(args.seconds - (time.monotonic() - start))
+        flags = [f"--{name}" for name in ("no-torch", "small") if getattr(args, name.replace("-", "_"))]
+        run_parts(deal(shapes, args.processes), [*itertools.chain(*values.items()), *flags], args.lock, take)
+        return
     settings: dict[int, Setting] = {}
     for shape in shapes:
         if time.monotonic() - start > args.seconds:
@@ -260,22 +286,25 @@ def main() -> None:
                 settings[shape[0]] = Setting(shape[0], small=args.small)
                 print(f"{time.monotonic() - start:5.1f} s layers of {shape[0]} heads", flush=True)
             setting = settings[shape[0]]
-            programs = Programs(setting, shape, names)
+            programs = Programs(setting, shape, names, args.lock)
         except Exception as error:  # one failure must not hide the other rows
             add(where | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
             continue
         for name in names:
             row = where | {"name": name}
             try:
-                row |= measure(name, setting, shape, programs)
+                with turn(args.lock):
+                    row |= measure(name, setting, shape, programs)
                 bound = floors(setting.config, setting.weights[name][0], shape, ceilings)
                 row |= {"floor_us": round(sum(stage["us"] for stage in bound.values()), 2), "floors": bound}
             except Exception as error:
                 row |= {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             add(row)
         if torch is not None:
-            add({"name": "torch"} | where | torch.measure(shape))
-    args.out.write_text(json.dumps(what, indent=1) + "\n")
+            with turn(args.lock):
+                row = torch.measure(shape)
+            add({"name": "torch"} | where | row)
+    write(args.out, what)
     if torch is not None:
         torch.close()
     if skipped:

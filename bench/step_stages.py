@@ -33,8 +33,9 @@ _SCOPES = {
     "mla/v_up_proj": "v_up",
     "mla/o_proj": "o_proj",
 }
+# Kernels whose names, as a profile has them, begin so.
+_KERNELS = {"norm_rope_write": "norm_rope_write", "mla_decode_combine": "combine", "mla_decode": "attention"}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(?P<name>[\w.\-]+) = .*? (?P<op>fusion|custom-call|copy|call)\(")
-_GEMM = re.compile(r'"kind":"[^"]*gemm')
 _CALLED = re.compile(r"to_apply=%([\w.\-]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _SHARED_NAME = re.compile(r'deduplicated_name="([^"]*)"')
@@ -48,10 +49,10 @@ def stage_of(op_name: str) -> str:
     return "rope_q" if stage in ("attention", "k_up") and op_name.endswith("concatenate") else stage
 
 
-def launches(text: str) -> list[tuple[str, str, str]]:
-    """(kernel's name or "", stage, op) of what a compiled program launches, in order: the entry and what it calls.
+def launches(text: str) -> list[tuple[frozenset[str], str]]:
+    """(names that its kernel may have, stage) of what a compiled program launches, in the order of the text.
 
-    The name is known of fusions and copies, whose kernels are named after them; a library call's kernels are not.
+    A fusion's kernel has its name, or that of an equal one; a library call's kernels have names of their own.
     """
     bodies: dict[str, list[str]] = {}
     entry, body = "", None
@@ -65,7 +66,7 @@ def launches(text: str) -> list[tuple[str, str, str]]:
         elif body is not None:
             body.append(line)
 
-    def walk(name: str) -> list[tuple[str, str, str]]:
+    def walk(name: str) -> list[tuple[frozenset[str], str]]:
         found = []
         for line in bodies.get(name, ()):
             match = _INSTRUCTION.match(line)
@@ -76,40 +77,32 @@ def launches(text: str) -> list[tuple[str, str, str]]:
                 found += walk(called[1]) if called else []
                 continue
             scope, shared = _SCOPE.search(line), _SHARED_NAME.search(line)
-            kernel = re.sub(r"[.\-]", "_", shared[1] if shared else match["name"])
-            library = match["op"] == "custom-call" or _GEMM.search(line) is not None
-            found.append(("" if library else kernel, stage_of(scope[1] if scope else ""), match["op"]))
+            names = {match["name"], *([shared[1]] if shared else [])} if match["op"] != "custom-call" else set()
+            names = frozenset(re.sub(r"[.\-]", "_", name) for name in names)
+            found.append((names, stage_of(scope[1] if scope else "")))
         return found
 
     return walk(entry)
 
 
 def stages_of_kernels(seen: list[tuple[str, float]], text: str) -> list[str]:
-    """The stage of every kernel that was seen, aligned with the program's launches by the names that are known.
+    """The stage of every kernel that was seen.
 
-    Between two known names there may be more kernels than launches (a product and its reduction) or fewer (a launch
-    of nothing): they are given to the launches there in order, and those left over to the last of them.
+    Kernels go by their names where the program or this project gave them; the others, those of library calls and
+    Mosaic, are given to the calls in order, as many to each as there are for every one; what is left is "other".
     """
-    planned, result, at = launches(text), [], 0
-    known = [name for name, _, _ in planned]
-    waiting: list[int] = []
-
-    def settle(last: int) -> None:
-        free = [planned[i][1] for i in range(at, last) if planned[i][0] == ""]
-        for i, where in enumerate(waiting):
-            result[where] = free[min(i, len(free) - 1)] if free else "other"
-        waiting.clear()
-
-    for i, (kernel, _) in enumerate(seen):
-        result.append("other")
-        if kernel in known[at:]:
-            index = known.index(kernel, at)
-            settle(index)
-            result[i], at = planned[index][1], index + 1
-        else:
-            waiting.append(i)
-    settle(len(planned))
-    return result
+    planned = launches(text)
+    by_name = {name: stage for names, stage in planned for name in names}
+    found = [
+        next((s for n, s in _KERNELS.items() if kernel.startswith(n)), by_name.get(kernel)) for kernel, _ in seen
+    ]
+    calls = [stage for names, stage in planned if not names and stage not in _KERNELS.values()]
+    nameless = [i for i, stage in enumerate(found) if stage is None]
+    if calls and len(nameless) % len(calls) == 0:
+        each = len(nameless) // len(calls)
+        for number, i in enumerate(nameless):
+            found[i] = calls[number // each]
+    return [stage or "other" for stage in found]
 
 
 def by_stage(seen: list[tuple[str, float]], text: str, layers: int) -> dict[str, dict[str, float]]:

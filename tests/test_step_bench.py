@@ -60,17 +60,19 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 
 
 def test_kernels_are_given_to_their_stages():
-    """Two products of which one takes two kernels; a library's names say nothing."""
-    seen = [("fusion_3", 1.0), ("nvjet", 2.0), ("nvjet", 3.0), ("reduce", 4.0), ("fusion_7", 5.0), ("nvjet", 6.0)]
-    stages = ["other", "qkv_a_proj", "qkv_a_proj", "qkv_a_proj", "norm_rope_write", "o_proj"]
+    """Those that the program names by name, in whatever order they ran; a library's to its calls, in order."""
+    seen = [("fusion_7", 5.0), ("fusion_3", 1.0), ("nvjet", 2.0), ("body", 3.0), ("mla_decode_x", 7.0), ("gemv", 6.0)]
+    stages = ["norm_rope_write", "other", "qkv_a_proj", "qkv_a_proj", "attention", "o_proj"]
     assert stages_of_kernels(seen, PROGRAM) == stages
     found = by_stage(seen, PROGRAM, 1)
     assert {stage: entry["us"] for stage, entry in found.items()} == {
-        "qkv_a_proj": 9.0,
+        "qkv_a_proj": 5.0,
         "norm_rope_write": 5.0,
+        "attention": 7.0,
         "o_proj": 6.0,
         "other": 1.0,
     }
+    assert stages_of_kernels([("nvjet", 1.0)] * 4, PROGRAM) == ["other"] * 4
 
 
 def test_kv_b_is_resident_once():
