@@ -261,9 +261,6 @@ def main() -> None:
         write(args.out, what)
 
     print(f"{time.monotonic() - start:5.1f} s", ceilings, flush=True)
-    if args.memory:
-        what["memory"] = memory_of_all_layers(*(["--small"] if args.small else []))
-        print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
     if not alone:
 
         def take(found: list[dict[str, Any]], left: list[Any]) -> None:
@@ -304,9 +301,12 @@ def main() -> None:
             with turn(args.lock):
                 row = torch.measure(shape)
             add({"name": "torch"} | where | row)
-    write(args.out, what)
     if torch is not None:
         torch.close()
+    if args.memory:
+        what["memory"] = memory_of_all_layers(*(["--small"] if args.small else []))
+        print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
+    write(args.out, what)
     if skipped:
         print("not run:", skipped)
 
