@@ -214,7 +214,7 @@ def compile_all(setting: Setting, rows: list[Row]) -> list[Callable | Exception]
     def attempt(row: Row) -> Callable | Exception:
         try:
             return setting.compile(*row[1:])
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # of one row: the others go on
             return error
 
     with ThreadPoolExecutor(_THREADS) as threads, ThreadPoolExecutor(1) as thread:
@@ -230,7 +230,7 @@ def measured(setting: Setting, name: str, op: str | None, batch: int, run: Calla
         if op is None:
             return setting.measure_loop(name, batch, run)
         return setting.measure(name, op, batch, run)
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # of one row: the others go on
         return {"error": str(error)[:300]}
 
 
