@@ -21,7 +21,7 @@ NAME = "fp4_bmm_mosaic_gpu"  # in the tuned tables
 _VECTOR = 8  # bfloat16 in the 16 bytes that cp.async and the stores move
 _INT32_BYTES = 2**31
 _SMS = 132
-_ALL_AT_ONCE = 7 * _SMS  # CTAs of one warpgroup with the 66 to 72 registers a thread that 16 tokens take
+_ALL_AT_ONCE = 7 * _SMS  # CTAs of one warpgroup with the 66 to 72 registers a thread that 16 tokens or NVFP4 take
 _MANY = 512  # 64-output tiles of all heads
 _SM_BYTES = 224 * 1024  # of shared memory, for two CTAs
 _L2_BYTES = 50 * 10**6
@@ -144,9 +144,10 @@ def default_config(problem: Problem) -> Config:
     batch, tiles = problem.batch, problem.outputs // BLOCK
     tokens, blocks_of_weights = _round_up(batch, 8), problem.heads * tiles
     if batch <= 32:
-        fit = _ALL_AT_ONCE if batch > 8 else blocks_of_weights
-        fit = _MANY if batch > 16 else fit
-        per_warpgroup = _largest_divisor(tiles, 2) if problem.transposed and blocks_of_weights > fit else 1
+        least = _MANY if batch > 16 else _ALL_AT_ONCE
+        alone = batch <= 8 and problem.group == GROUP  # these take 64 registers, and eight fit
+        pairs = problem.transposed and blocks_of_weights > least and not alone
+        per_warpgroup = _largest_divisor(tiles, 2) if pairs else 1
         return Config(tokens, 1, per_warpgroup, accumulators=per_warpgroup)
     many = problem.transposed and blocks_of_weights > _MANY
     per_warpgroup = _largest_divisor(tiles, 2) if many else 1
