@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import e4m3_triton
 from pallas_kernels.backend import pl, pltriton
 
 LOG2_E = math.log2(math.e)
@@ -61,6 +62,7 @@ def mla_decode_triton(
     split_size: int,
     entries_scale: float = 1.0,
     config: Config | None = None,
+    cuda: bool = False,
     interpret: bool = False,
 ) -> tuple[Float[Array, "splits B rows L"], Float[Array, "splits B rows"]]:
     """The attention of this module's docstring, split by split.
@@ -77,6 +79,7 @@ def mla_decode_triton(
         split_size: keys a split, a multiple of 128.
         entries_scale: entries stand for this times what they are.
         config: tiles; None for default_config.
+        cuda: whether the kernel may hold PTX.
         interpret: run in Pallas's interpreter.
 
     Returns:
@@ -96,6 +99,7 @@ def mla_decode_triton(
     kernel = functools.partial(
         _kernel,
         config=config,
+        cuda=cuda,
         rank=kv_lora_rank,
         heads=heads,
         scale=scale * entries_scale,
@@ -117,7 +121,9 @@ def mla_decode_triton(
     )(q.reshape(batch, rows, width), flat, *(() if page_table is None else (page_table,)), visible, length)
 
 
-def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, out_scale, split_size, capacity, page_size):
+def _kernel(
+    q_ref, keys_ref, *refs, config: Config, cuda, rank, heads, scale, out_scale, split_size, capacity, page_size
+):
     *table_refs, visible_ref, length_ref, out_ref, lse_ref = refs
     block, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     rows, width = q_ref.shape[1], q_ref.shape[2]
@@ -163,7 +169,7 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, out_scal
                     at = keys_ref.at[place, pl.ds(column, size)]
                 loaded = pltriton.load(at, mask=mask, other=0)
                 if loaded.dtype == jnp.uint8:
-                    loaded = _from_e4m3(loaded)
+                    loaded = e4m3_triton.to_bf16(loaded, cuda=cuda)
                 return loaded if loaded.dtype == q_ref.dtype else loaded.astype(jnp.float32).astype(q_ref.dtype)
 
             latent = load_keys(0, rank)
@@ -194,20 +200,6 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, out_scal
         mask = in_rows[:, None] & (jnp.arange(rank) >= 0)[None]
         pltriton.store(out_ref.at[split, b, row_slice, pl.ds(0, rank)], out.astype(out_ref.dtype), mask=mask)
         pltriton.store(lse_ref.at[split, b, row_slice], lse, mask=in_rows)
-
-
-def _from_e4m3(codes):
-    """float8_e4m3fn, given as uint8, as float32: exact, NaN included.
-
-    Exponent and mantissa go where those of a float32 meet, and the biases differ by 120; sub-normals are multiples of
-    2^-9, made so that none is a sub-normal float32 on the way.
-    """
-    codes = codes.astype(jnp.int32)
-    magnitude = codes & 0x7F
-    normal = jax.lax.bitcast_convert_type((magnitude << 20) + np.int32(120 << 23), jnp.float32)
-    value = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * np.float32(2.0**-9), normal)
-    value = jnp.where(magnitude == 0x7F, np.float32(np.nan), value)
-    return jnp.where(codes >= 0x80, -value, value)
 
 
 def _places(b, start, key, wanted, table_refs, page_size, total, capacity, config: Config):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from mla_fp4_jax import attention
 from mla_fp4_jax.cache import Cache, PagedLatentCache
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
 from pallas_kernels import mla_decode_triton as triton
 from pallas_kernels.mla_decode_combine import combine_splits
 from pallas_kernels.split_plan import STEP, choose_split_size
@@ -102,13 +102,16 @@ def mla_decode(
     run = functools.partial(_run, scale=float(scale), split_size=split_size)
     if implementation is None and name != XLA:
         # Decided for the device that is traced for; a program lowered for another one falls back.
-        chosen = functools.partial(run, name=name)
-        platforms = {"cuda": chosen} if name == MOSAIC else {"cuda": chosen, "rocm": chosen}
+        platforms = {"cuda": functools.partial(run, name=name, cuda=True)}
+        if name != MOSAIC:
+            platforms["rocm"] = functools.partial(run, name=name)
         out, lse = jax.lax.platform_dependent(
             q, cache, visible, **platforms, default=functools.partial(run, name=XLA)
         )
     else:
-        out, lse = run(q, cache, visible, name=name)
+        gpu = implementations.target_gpu()
+        cuda = name == TRITON and gpu is not None and gpu.platform == "cuda"
+        out, lse = run(q, cache, visible, name=name, cuda=cuda)
     return (out, lse) if return_lse else out
 
 
@@ -145,7 +148,9 @@ def _why_not(name: str, q: Array, cache: Cache) -> str | None:
     return triton.unsupported(q, entries, table, kv_lora_rank=cache.kv_lora_rank)
 
 
-def _run(q: Array, cache: Cache, visible: Array, *, name: str, scale: float, split_size: int) -> tuple[Array, Array]:
+def _run(
+    q: Array, cache: Cache, visible: Array, *, name: str, scale: float, split_size: int, cuda: bool = False
+) -> tuple[Array, Array]:
     if name == XLA:
         return attention.absorbed_attention(q, cache, visible, scale)
     entries, table = _entries(cache)
@@ -165,6 +170,7 @@ def _run(q: Array, cache: Cache, visible: Array, *, name: str, scale: float, spl
             scale=scale,
             entries_scale=cache.entries_scale,
             split_size=split_size,
+            cuda=cuda,
             interpret=name == INTERPRET,
         )
     rows = tokens * heads
