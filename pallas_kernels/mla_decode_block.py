@@ -110,7 +110,7 @@ def shared_memory(problem: Problem) -> dict:
         m_odd=plgpu.SMEM((ROWS,), jnp.float32),
         zero=plgpu.SMEM((128,), jnp.int32),
         present=plgpu.SMEM((2,), jnp.int32),
-        q_full=plgpu.Barrier(num_arrivals=3),
+        q_full=plgpu.Barrier(num_barriers=3),  # left, right, rope
         full=plgpu.Barrier(num_arrivals=1 if problem.e4m3 else problem.pieces, num_barriers=2 * TILES),
         # (slot, half): the half's last product is done, in both blocks of a cluster.
         empty=(cluster_barrier if shared else plgpu.Barrier)(num_barriers=4),

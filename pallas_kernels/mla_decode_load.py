@@ -1,6 +1,7 @@
-"""The warp that loads, of the Mosaic GPU decoding attention: queries once, then cache entries tile by tile.
+"""The warp that loads, of the Mosaic GPU decoding attention: cache entries tile by tile, and the queries once.
 
-A slot's tiles are asked for in the order in which the scores take them, its two halves each as soon as the last
+The queries come in three parts, each just before the first tiles that it meets: all of them at once would keep the
+first scores waiting. A slot's tiles are asked for in the order in which the scores take them, its two halves each as soon as the last
 product that reads the half is done. A page id is checked before it becomes an address: one outside 0 .. N-1 loads
 page 0 instead, and the slot's presence bits tell the warpgroups that compute to hide it.
 """
@@ -8,6 +9,7 @@ page 0 instead, and the slot's presence bits tell the warpgroups that compute to
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,15 +26,17 @@ def load(block: Block) -> None:
     in_first_warp(functools.partial(_produce, block))
 
 
-def load_queries(block: Block) -> None:
-    """Ask for them."""
-    for j, ref in enumerate(block.queries):
+def load_queries(block: Block, parts: Sequence[int] = (0, 1, 2)) -> None:
+    """Ask for them: 256 columns, the next 256, the rope's."""
+    for j in parts:
+        ref = block.queries[j]
         rows = block.q_ref.at[block.b, pl.ds(block.index * ROWS, ROWS), pl.ds(j * 256, ref.shape[1])]
-        plgpu.copy_gmem_to_smem(rows, ref, block.shared["q_full"])
+        plgpu.copy_gmem_to_smem(rows, ref, block.shared["q_full"].at[j])
 
 
 def _produce(block):
-    load_queries(block)
+    load_queries(block, [0])
+    pl.when(block.steps == 0)(functools.partial(load_queries, block, [1, 2]))
 
     @pl.when(block.steps > 0)
     def _():
@@ -97,11 +101,15 @@ def _fill(block, i, slot, ids, *, first):
     for half in (0, 1):
         if not first:
             plgpu.barrier_wait(block.shared["empty"].at[2 * slot + half])
+        elif (slot, half) == (0, 1):
+            load_queries(block, [1])
         for tile in range(4 * half, 4 * half + 4):
             copy(tile, block.shared["latent"].at[slot, tile])
     # Both halves of the slot are free: so are its rope tile, which holds P, and its presence bits.
     if present is not None:
         block.shared["present"][slot] = present
+    if first and slot == 0:
+        load_queries(block, [2])
     copy(TILES - 1, block.shared["rope"].at[slot])
 
 
