@@ -42,12 +42,17 @@ class Config:
         block_keys: keys a step, likewise.
         num_warps: warps a program.
         num_stages: steps whose loads are in flight at once.
+        transposed: whether keys, and then the output's columns, are the rows of the products, of which a tensor core
+            takes 64: for few query rows.
+        ahead: whether a step's keys are asked for a step before, and wait decoded in registers.
     """
 
     block_rows: int
     block_keys: int
     num_warps: int
     num_stages: int
+    transposed: bool = False
+    ahead: bool = False
 
 
 def mla_decode_triton(
@@ -148,13 +153,18 @@ def _kernel(
             mask = in_rows[:, None] & (jnp.arange(size) >= 0)[None]
             return pltriton.load(q_ref.at[b, row_slice, pl.ds(start, size)], mask=mask, other=0)
 
-        q_latent = load_q(0, rank)
-        q_rope = load_q(rank, width - rank) if width > rank else None
+        parts = [(0, rank), (rank, width - rank)] if width > rank else [(0, rank)]
+        queries = [load_q(*part) for part in parts]
         precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
         dot = functools.partial(pltriton.dot, precision=precision)
+        # Keys are the scores' columns, or their rows: then a number of a query row stands for a column.
+        transposed = config.transposed
 
-        def step(i, state):
-            m, total, acc = state
+        def to_rows(x):
+            return x[None, :] if transposed else x[:, None]
+
+        def fetch(i):
+            """Latent and rope columns of a step's keys, in q's dtype, and which of them exist."""
             start = first + i * np.int32(config.block_keys)
             key = start + jnp.arange(config.block_keys, dtype=jnp.int32)
             place, present = _places(
@@ -172,30 +182,45 @@ def _kernel(
                     loaded = e4m3_triton.to_bf16(loaded, cuda=cuda)
                 return loaded if loaded.dtype == q_ref.dtype else loaded.astype(jnp.float32).astype(q_ref.dtype)
 
-            latent = load_keys(0, rank)
-            scores = dot(q_latent, latent.T)
-            if q_rope is not None:
-                scores = scores + dot(q_rope, load_keys(rank, width - rank).T)
-            shown = present[None, :] & (key[None, :] < seen[:, None])
+            return tuple(load_keys(*part) for part in parts), present
+
+        def attend(i, m, total, acc, keys, present):
+            products = [dot(k, q.T) if transposed else dot(q, k.T) for q, k in zip(queries, keys, strict=True)]
+            scores = functools.reduce(jnp.add, products)
+            key = first + i * np.int32(config.block_keys) + jnp.arange(config.block_keys, dtype=jnp.int32)
+            if transposed:
+                shown = present[:, None] & (key[:, None] < seen[None, :])
+            else:
+                shown = present[None, :] & (key[None, :] < seen[:, None])
             scores = jnp.where(shown, scores * (scale * LOG2_E), -jnp.inf)
-            new_m = jnp.maximum(m, jnp.max(scores, axis=1))
-            p = jnp.exp2(scores - new_m[:, None])
+            of_keys = 0 if transposed else 1
+            new_m = jnp.maximum(m, jnp.max(scores, axis=of_keys))
+            p = jnp.exp2(scores - to_rows(new_m))
             kept = jnp.exp2(m - new_m)
-            acc = acc * kept[:, None] + dot(p.astype(q_ref.dtype), latent)
-            return new_m, total * kept + jnp.sum(p, axis=1), acc
+            p16 = p.astype(q_ref.dtype)
+            product = dot(keys[0].T, p16) if transposed else dot(p16, keys[0])
+            return new_m, total * kept + jnp.sum(p, axis=of_keys), acc * to_rows(kept) + product
+
+        def step(i, state):
+            *sums, keys, present = state if config.ahead else (*state, *fetch(i))
+            following = fetch(i + 1) if config.ahead else ()
+            return *attend(i, *sums, keys, present), *following
 
         start = (
             jnp.full((config.block_rows,), LOWEST, jnp.float32),
             jnp.zeros((config.block_rows,), jnp.float32),
-            jnp.zeros((config.block_rows, rank), jnp.float32),
+            jnp.zeros((rank, config.block_rows) if transposed else (config.block_rows, rank), jnp.float32),
+            *(fetch(np.int32(0)) if config.ahead else ()),
         )
         steps = jax.lax.div(
             jnp.maximum(end - first, 0) + np.int32(config.block_keys - 1), np.int32(config.block_keys)
         )
-        m, total, acc = jax.lax.fori_loop(np.int32(0), steps, step, start)
+        m, total, acc, *_ = jax.lax.fori_loop(np.int32(0), steps, step, start)
         nothing = total == 0
         safe = jnp.where(nothing, 1.0, total)
-        out = acc * (out_scale / safe)[:, None]
+        out = acc * to_rows(out_scale / safe)
+        if transposed:
+            out = out.T
         lse = jnp.where(nothing, -jnp.inf, m * (1 / LOG2_E) + jnp.log(safe))
         mask = in_rows[:, None] & (jnp.arange(rank) >= 0)[None]
         pltriton.store(out_ref.at[split, b, row_slice, pl.ds(0, rank)], out.astype(out_ref.dtype), mask=mask)
