@@ -15,6 +15,7 @@ from mla_decode_cases import SCALE, Case, build, check, one_key_of_every_code, r
 
 from mla_fp4_jax import MLAAttention, mla_prefill
 from mla_fp4_jax.ops import implementations, mla_decode
+from pallas_kernels import mla_decode_triton as triton
 
 pytestmark = pytest.mark.gpu
 
@@ -85,6 +86,27 @@ def test_against_the_oracle(case, split_size, implementation, rng):
     for _ in range(3):
         again = run(built, implementation=implementation, split_size=split_size or 1 << 17)
         assert all(np.array_equal(bits(x), bits(y)) for x, y in zip(first, again, strict=True))
+
+
+TILINGS = [
+    triton.Config(16, 32, 4, 2),
+    triton.Config(16, 64, 4, 2, transposed=True),
+    triton.Config(16, 64, 8, 1, transposed=True, ahead=True),
+    triton.Config(32, 32, 4, 2),
+    triton.Config(64, 32, 8, 2),
+    triton.Config(64, 64, 8, 2),
+]
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", E4M3])
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_every_tiling_of_the_triton_kernel(tiling, cache_dtype, rng, monkeypatch):
+    needs("triton")
+    monkeypatch.setattr(triton, "default_config", lambda *operands: tiling)
+    case = full((300, 129, 1, 0), heads=20, page=64, cache_dtype=cache_dtype)
+    built = build(case, rng)
+    call = functools.partial(mla_decode, scale=SCALE, return_lse=True, split_size=256, implementation="triton")
+    check(*jax.jit(lambda *operands: call(*operands))(built.q, built.cache, built.visible), case, built)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
