@@ -184,7 +184,8 @@ def _kernel(
 
             return tuple(load_keys(*part) for part in parts), present
 
-        def attend(i, m, total, acc, keys, present):
+        def attend(i, sums, keys, present):
+            m, total, acc = sums
             products = [dot(k, q.T) if transposed else dot(q, k.T) for q, k in zip(queries, keys, strict=True)]
             scores = functools.reduce(jnp.add, products)
             key = first + i * np.int32(config.block_keys) + jnp.arange(config.block_keys, dtype=jnp.int32)
@@ -202,20 +203,21 @@ def _kernel(
             return new_m, total * kept + jnp.sum(p, axis=of_keys), acc * to_rows(kept) + product
 
         def step(i, state):
-            *sums, keys, present = state if config.ahead else (*state, *fetch(i))
-            following = fetch(i + 1) if config.ahead else ()
-            return *attend(i, *sums, keys, present), *following
+            sums, loaded = state
+            keys, present = loaded if config.ahead else fetch(i)
+            following = fetch(i + 1) if config.ahead else loaded
+            return attend(i, sums, keys, present), following
 
-        start = (
+        zeros = (
             jnp.full((config.block_rows,), LOWEST, jnp.float32),
             jnp.zeros((config.block_rows,), jnp.float32),
             jnp.zeros((rank, config.block_rows) if transposed else (config.block_rows, rank), jnp.float32),
-            *(fetch(np.int32(0)) if config.ahead else ()),
         )
         steps = jax.lax.div(
             jnp.maximum(end - first, 0) + np.int32(config.block_keys - 1), np.int32(config.block_keys)
         )
-        m, total, acc, *_ = jax.lax.fori_loop(np.int32(0), steps, step, start)
+        start = (zeros, fetch(np.int32(0)) if config.ahead else ())
+        (m, total, acc), _ = jax.lax.fori_loop(np.int32(0), steps, step, start)
         nothing = total == 0
         safe = jnp.where(nothing, 1.0, total)
         out = acc * to_rows(out_scale / safe)
