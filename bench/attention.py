@@ -57,6 +57,7 @@ SHAPES: tuple[Shape, ...] = (  # heads, sequences, keys: what matters most first
 IMPORTANT = 14  # of SHAPES: these come first, for every dtype of the cache
 XLA_FIRST = ((128, 32, 4096), (16, 32, 4096), (128, 1, 65536))  # the shapes of XLA's that come before the rest
 _ONE_LOWERS = threading.Lock()
+WIDTHS = (("cache", 14), ("heads", 6), ("batch", 5), ("keys", 7))  # of the printed table
 NAMES = ("mosaic_gpu", "triton", "xla")
 
 
@@ -249,9 +250,9 @@ def main() -> None:
                 add({"name": name, **where, **row})
         for program in programs.values():
             program.cancel()
-    print(f"{'':12}{'heads':>6}{'B':>5}{'S':>7}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}")
+    print(f"{'':12}{'cache':>14}{'heads':>6}{'B':>5}{'S':>7}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}")
     for row in rows:
-        place = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("heads", 6), ("batch", 5), ("keys", 7)))
+        place = "".join(f"{row.get(key, ''):>{width}}" for key, width in WIDTHS)
         if "error" in row:
             print(f"{row['name']:12}{place}  {row['error']}")
         else:
