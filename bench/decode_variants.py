@@ -66,7 +66,7 @@ def attend(q, cache, visible, *, config: Config | None, split_size: int) -> jax.
         scale=attention.SCALE,
         split_size=split_size,
         config=config,
-        cuda=True,
+        capability=(9, 0),
     )
     if out.shape[0] > 1:
         out, _ = combine_splits(out, lse, visible, cache.length, rows=heads, split_size=split_size, out_dtype=q.dtype)

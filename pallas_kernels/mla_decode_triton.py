@@ -67,7 +67,7 @@ def mla_decode_triton(
     split_size: int,
     entries_scale: float = 1.0,
     config: Config | None = None,
-    cuda: bool = False,
+    capability: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "splits B rows L"], Float[Array, "splits B rows"]]:
     """The attention of this module's docstring, split by split.
@@ -84,7 +84,7 @@ def mla_decode_triton(
         split_size: keys a split, a multiple of 128.
         entries_scale: entries stand for this times what they are.
         config: tiles; None for default_config.
-        cuda: whether the kernel may hold PTX.
+        capability: of the CUDA GPU; None elsewhere, and where no PTX may be used.
         interpret: run in Pallas's interpreter.
 
     Returns:
@@ -104,7 +104,7 @@ def mla_decode_triton(
     kernel = functools.partial(
         _kernel,
         config=config,
-        cuda=cuda,
+        capability=capability,
         rank=kv_lora_rank,
         heads=heads,
         scale=scale * entries_scale,
@@ -127,7 +127,7 @@ def mla_decode_triton(
 
 
 def _kernel(
-    q_ref, keys_ref, *refs, config: Config, cuda, rank, heads, scale, out_scale, split_size, capacity, page_size
+    q_ref, keys_ref, *refs, config: Config, capability, rank, heads, scale, out_scale, split_size, capacity, page_size
 ):
     *table_refs, visible_ref, length_ref, out_ref, lse_ref = refs
     block, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -179,7 +179,7 @@ def _kernel(
                     at = keys_ref.at[place, pl.ds(column, size)]
                 loaded = pltriton.load(at, mask=mask, other=0)
                 if loaded.dtype == jnp.uint8:
-                    loaded = e4m3_triton.to_bf16(loaded, cuda=cuda)
+                    loaded = e4m3_triton.to_bf16(loaded, capability=capability)
                 return loaded if loaded.dtype == q_ref.dtype else loaded.astype(jnp.float32).astype(q_ref.dtype)
 
             return tuple(load_keys(*part) for part in parts), present

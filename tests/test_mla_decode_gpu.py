@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layers import make_layer, small_config
-from mla_decode_cases import SCALE, Case, build, check, one_key_of_every_code, run_steps
+from mla_decode_cases import SCALE, Case, build, check, e4m3, one_key_of_every_code, run_steps
 
 from mla_fp4_jax import MLAAttention, mla_prefill
 from mla_fp4_jax.ops import implementations, mla_decode
+from pallas_kernels import e4m3_triton
 from pallas_kernels import mla_decode_triton as triton
+from pallas_kernels.backend import pl, pltriton
 
 pytestmark = pytest.mark.gpu
 
@@ -133,6 +135,24 @@ def test_every_finite_e4m3_code_is_read_exactly(implementation, rng):
     q, cache, visible, exact = one_key_of_every_code(rng, heads=64, rank=512, rope=64)
     out, _ = attend(q, cache, visible, implementation=implementation, split_size=128)
     assert np.array_equal(np.asarray(out.astype(jnp.float32)), exact)
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (8, 9)])
+def test_every_e4m3_byte_becomes_its_bf16(capability):
+    """As each kind of GPU has it, all of which this one knows."""
+    needs("triton")
+
+    def kernel(codes_ref, out_ref):
+        out_ref[...] = e4m3_triton.to_bf16(codes_ref[...], capability=capability)
+
+    codes = np.arange(1024).astype(np.uint8)
+    out = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16),
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+    )(jnp.asarray(codes))
+    exact = np.array([e4m3(int(code)) for code in codes], np.float32)
+    np.testing.assert_array_equal(np.asarray(out.astype(jnp.float32)), exact)
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", E4M3])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from mla_fp4_jax import attention
 from mla_fp4_jax.cache import Cache, PagedLatentCache
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, XLA
 from pallas_kernels import mla_decode_triton as triton
 from pallas_kernels.mla_decode_combine import combine_splits
 from pallas_kernels.split_plan import STEP, choose_split_size
@@ -100,18 +100,18 @@ def mla_decode(
         blocks = -(-q.shape[1] * q.shape[2] // _ROW_BLOCK)
         split_size = choose_split_size(q.shape[0] * blocks, cache.capacity)
     run = functools.partial(_run, scale=float(scale), split_size=split_size)
+    gpu = implementations.target_gpu()
+    capability = None if gpu is None or gpu.platform != "cuda" else gpu.capability or (8, 0)
     if implementation is None and name != XLA:
         # Decided for the device that is traced for; a program lowered for another one falls back.
-        platforms = {"cuda": functools.partial(run, name=name, cuda=True)}
+        platforms = {"cuda": functools.partial(run, name=name, capability=capability or (8, 0))}
         if name != MOSAIC:
             platforms["rocm"] = functools.partial(run, name=name)
         out, lse = jax.lax.platform_dependent(
             q, cache, visible, **platforms, default=functools.partial(run, name=XLA)
         )
     else:
-        gpu = implementations.target_gpu()
-        cuda = name == TRITON and gpu is not None and gpu.platform == "cuda"
-        out, lse = run(q, cache, visible, name=name, cuda=cuda)
+        out, lse = run(q, cache, visible, name=name, capability=None if name == INTERPRET else capability)
     return (out, lse) if return_lse else out
 
 
@@ -149,7 +149,14 @@ def _why_not(name: str, q: Array, cache: Cache) -> str | None:
 
 
 def _run(
-    q: Array, cache: Cache, visible: Array, *, name: str, scale: float, split_size: int, cuda: bool = False
+    q: Array,
+    cache: Cache,
+    visible: Array,
+    *,
+    name: str,
+    scale: float,
+    split_size: int,
+    capability: tuple[int, int] | None = None,
 ) -> tuple[Array, Array]:
     if name == XLA:
         return attention.absorbed_attention(q, cache, visible, scale)
@@ -170,7 +177,7 @@ def _run(
             scale=scale,
             entries_scale=cache.entries_scale,
             split_size=split_size,
-            cuda=cuda,
+            capability=capability,
             interpret=name == INTERPRET,
         )
     rows = tokens * heads
