@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels import fp4_linear_direct as direct
+from pallas_kernels import fp4_linear_multicast as multicast
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels.fp4_bmm_tiles import SHARED_MEMORY_BYTES
 from pallas_kernels.fp4_linear_tiles import Config, Problem, check_config
@@ -42,7 +44,7 @@ def fp4_linear_mosaic_gpu(
     scales: UInt8[Array, "N groups"],
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
-    config: Config | None = None,
+    config: Config | multicast.Config | None = None,
 ) -> Float[Array, "M N"]:
     """out[m, n] = sum_k x[m, k] A[n, k], accumulated in float32.
 
@@ -65,12 +67,24 @@ def fp4_linear_mosaic_gpu(
         return jnp.zeros((0, outputs), out_dtype)
     problem = Problem(batch, outputs, 2 * codes.shape[1], jnp.dtype(out_dtype).itemsize)
     config = default_config(problem) if config is None else config
-    check_config(problem, config)
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
+    out_shape = jax.ShapeDtypeStruct((batch, outputs), out_dtype)
+    if isinstance(config, multicast.Config):
+        multicast.check_config(problem, config)
+        return mosaic_kernel(
+            functools.partial(multicast.program, problem, config),
+            out_shape=out_shape,
+            grid=multicast.clusters(problem, config),
+            warpgroups=multicast.WARPGROUPS,
+            shared_memory_bytes=multicast.shared_memory_bytes(config),
+            cluster=multicast.cluster(config),
+            maps={0: multicast.box(config)},
+        )(x, codes, scales)
+    check_config(problem, config)
     return mosaic_kernel(
-        functools.partial(program, problem, config),
-        out_shape=jax.ShapeDtypeStruct((batch, outputs), out_dtype),
+        functools.partial(direct.program if config.direct else program, problem, config),
+        out_shape=out_shape,
         grid=tiling.clusters(problem, config),
         warpgroups=config.warpgroups,
         shared_memory_bytes=tiling.shared_memory_bytes(config),

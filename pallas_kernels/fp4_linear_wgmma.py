@@ -21,17 +21,17 @@ from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WOR
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import Ptx, vector
 
-_ALL = 1  # named barrier of the whole CTA (Mosaic has 0)
+ALL = 1  # named barrier of the whole CTA (Mosaic has 0)
 # wgmma's descriptor of x (PTX ISA, "Matrix descriptor"): 128-byte swizzle, 1024 bytes from 8 rows to the next.
-_DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
+DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
 def program(problem: Problem, config: Config) -> str:
     """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
-    return _Kernel(problem, config).emit()
+    return Kernel(problem, config).emit()
 
 
-class _Kernel:
+class Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
     def __init__(self, problem: Problem, config: Config):
@@ -53,13 +53,16 @@ class _Kernel:
         if self.c.push:
             self._expect_partial_results()
         self._multiply()
+        self._exchange_and_store()
+        return self.ptx.text()
+
+    def _exchange_and_store(self) -> None:
         if self.c.push:
             self._push_partial_results()
             self._add_pushed_and_store()
         else:
             self._write_partial_results()
             self._add_and_store()
-        return self.ptx.text()
 
     def _indices(self) -> None:
         """This thread's place in the grid (part, token, rank) and in the warpgroup (w, g, t)."""
@@ -223,7 +226,7 @@ class _Kernel:
             f"cp.async.wait_group {self.ahead - 1};",
             "fence.proxy.async.shared::cta;",
             # All have this stage, and all have done with the stage before the last: its slot is free.
-            f"bar.sync {_ALL}, {self.threads};",
+            f"bar.sync {ALL}, {self.threads};",
             f"setp.ge.s32 {self.pred}, {stage}, {self.stages - self.ahead};",
             f"@{self.pred} bra {no_more};",
         )
@@ -242,7 +245,7 @@ class _Kernel:
             f"@{self.pred} bra {again};",
             "wgmma.wait_group.sync.aligned 0;",
             "cp.async.wait_group 0;",
-            f"bar.sync {_ALL}, {self.threads};",
+            f"bar.sync {ALL}, {self.threads};",
         )
 
     def _compute(self, slot: str) -> None:
@@ -255,7 +258,7 @@ class _Kernel:
             f"add.u32 {self.tmp}, {self.shared}, {slot};",
             f"shr.u32 {self.tmp}, {self.tmp}, 4;",
             f"cvt.u64.u32 {self.descriptor}, {self.tmp};",
-            f"or.b64 {self.descriptor}, {self.descriptor}, {_DESCRIPTOR};",
+            f"or.b64 {self.descriptor}, {self.descriptor}, {DESCRIPTOR};",
         )
         suffix = f".v{c.blocks}" if c.blocks > 1 else ""
         for tile, words in enumerate(self.scale_words):
@@ -273,15 +276,20 @@ class _Kernel:
                 unit += 1
                 ptx("wgmma.wait_group.sync.aligned 1;")  # what used these fragments last is complete
                 self._decode(self.words[tile][block], self.scale_words[tile][block], fragments)
-                ptx("wgmma.fence.sync.aligned;")
-                for step in range(4):
-                    offset = (block * c.tokens * SLAB_BYTES + step * 32) // 16
-                    ptx(
-                        f"add.u64 {self.at}, {self.descriptor}, {offset};",
-                        f"wgmma.mma_async.sync.aligned.m64n{c.tokens}k16.f32.bf16.bf16 {vector(self.acc[tile])}, "
-                        f"{vector(fragments[step])}, {self.at}, 1, 1, 1, 0;",
-                    )
-                ptx("wgmma.commit_group.sync.aligned;")
+                self._products(fragments, self.acc[tile], block)
+
+    def _products(self, fragments: list[list[str]], accumulators: list[str], block: int) -> None:
+        """Start those of a block's four k steps."""
+        ptx, c = self.ptx, self.c
+        ptx("wgmma.fence.sync.aligned;")
+        for step in range(4):
+            offset = (block * c.tokens * SLAB_BYTES + step * 32) // 16
+            ptx(
+                f"add.u64 {self.at}, {self.descriptor}, {offset};",
+                f"wgmma.mma_async.sync.aligned.m64n{c.tokens}k16.f32.bf16.bf16 {vector(accumulators)}, "
+                f"{vector(fragments[step])}, {self.at}, 1, 1, 1, 0;",
+            )
+        ptx("wgmma.commit_group.sync.aligned;")
 
     def _decode(self, words: list[str], scale: str, into: list[list[str]]) -> None:
         """A block's four words to the fragments of its four k steps, scales folded in."""
@@ -317,7 +325,7 @@ class _Kernel:
                 "barrier.cluster.wait.acquire.aligned;",
             )
         else:
-            ptx(f"bar.sync {_ALL}, {self.threads};")
+            ptx(f"bar.sync {ALL}, {self.threads};")
 
     def _add_and_store(self) -> None:
         """Each CTA adds its share of the rows over the cluster, in order, and stores it: 8 outputs a thread."""

@@ -16,6 +16,7 @@ from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import MOSAIC
 from pallas_kernels.fp4_linear_mosaic_gpu import INVARIANT_TOKENS, MOST_TOKENS
+from pallas_kernels.fp4_linear_multicast import Config as Multicast
 from pallas_kernels.fp4_linear_tiles import Config
 
 pytestmark = pytest.mark.gpu
@@ -40,6 +41,17 @@ CONFIGS = (
     Case(70, 512, 2048, "float32", Config(2, 40, 2, 2, 2, 5, False)),
     Case(150, 512, 2048, config=Config(1, 128, 2, 2, 1, 8, False)),
     Case(260, 512, 2048, config=Config(4, 256, 2, 1, 2, 3, False)),
+    # Weights straight to registers: pushed or not, one warpgroup or three, no cluster.
+    Case(5, 576, 2048, config=Config(4, 8, 1, 1, 8, 1, True, True)),
+    Case(20, 576, 7168, "float32", Config(8, 16, 3, 1, 14, 1, True, True)),
+    Case(64, 192, 384, config=Config(2, 64, 1, 1, 3, 1, False, True)),
+    Case(3, 192, 384, config=Config(1, 8, 3, 1, 6, 1, False, True)),
+    # x shared by a cluster: parts of unequal length, a last tile of outputs that is half there or not there at all.
+    Case(512, 512, 2048, config=Multicast(1, 256, 2, 6)),
+    Case(130, 576, 7168, config=Multicast(3, 144, 2, 4)),
+    Case(300, 192, 384, "float32", Multicast(2, 160, 2, 6)),
+    Case(70, 64, 128, config=Multicast(1, 72, 1, 4)),
+    Case(200, 320, 1024, config=Multicast(5, 104, 1, 8)),
 )
 
 
