@@ -87,4 +87,3 @@ class _Direct(Kernel):
             self._decode(self.words[block], self.scale_words[block], self.fragments[block % 2])
             self._products(self.fragments[block % 2], self.acc[0], block)
         ptx("wgmma.wait_group.sync.aligned 0;", f"bar.sync {ALL}, {self.threads};")
-

@@ -415,7 +415,9 @@ class _Kernel:
         ptx, p, c = self.ptx, self.p, self.c
         groups = _ROWS // 8  # of a token
         items, step = c.tokens * groups, _THREADS * c.split
-        token, group, at, item, there, rank = (ptx.reg(name) for name in ("token", "group", "at", "item", "there", "r"))
+        token, group, at, item, there, rank = (
+            ptx.reg(name) for name in ("token", "group", "at", "item", "there", "r")
+        )
         total, more = ptx.regs("total", 8, "f32"), ptx.regs("more", 8, "f32")
         out = ptx.reg("out", "b64")
         ptx(
