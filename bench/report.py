@@ -126,9 +126,9 @@ def other_shapes(rows: list[dict]) -> list[str]:
 def fp4_linear_section(result: dict) -> str:
     """By shape and tokens: kernel times, their ratio, and how near FP4 comes to reading its bytes; then prefill."""
     lines = [
-        "FP4 linears (`fp4_linear`, `mosaic_gpu`, its own choice of tiles): kernel time of FP4 / of XLA bf16 in us by",
-        "tokens M, cold weights; below, how many times faster FP4 is (**bold** where it is slower than bf16), and what",
-        'of the time to read the packed bytes once ("touch") it reaches.',
+        "FP4 linears (`fp4_linear`, `mosaic_gpu`, its own choice of tiles): kernel time of FP4 / of XLA bf16 in us",
+        "by tokens M, cold weights; below, how many times faster FP4 is (**bold** where it is slower), and how near",
+        'it comes to the time that reading the packed bytes once takes ("touch").',
         "",
         *rule("K -> N", *(f"M = {m}" for m in linear.TOKENS)),
     ]
@@ -147,8 +147,8 @@ def fp4_linear_section(result: dict) -> str:
         lines += [row(f"{inputs} -> {outputs}", *times), row(f"touch {ceiling['touch_us']:.1f} us", *ratios)]
     lines += [
         "",
-        "kv_b_proj in prefill (512 -> 32768, T tokens) from the pack that decoding uses, which is decoded to memory for",
-        "the call, beside a weight that is kept in bf16; both products by XLA: kernel time in us.",
+        "kv_b_proj in prefill (512 -> 32768, T tokens) from the pack that decoding uses, which is decoded to memory",
+        "for the call, beside a weight that is kept in bf16; both products by XLA: kernel time in us.",
         "",
         *rule("T", "FP4", "bf16", "FP4 / bf16"),
     ]

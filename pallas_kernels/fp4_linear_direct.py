@@ -1,13 +1,14 @@
-"""The FP4 linear kernel for a handful of tokens and a short part of the contraction: weights straight to registers.
+"""The FP4 linear kernel for a few tokens and a short part of the contraction: weights straight to registers.
 
-As fp4_linear_wgmma.py, and the same bits; but a thread asks for all of its codes and scales at once, so that the whole
-weight is on its way when the kernel has begun, and no stage waits for another. Only x goes through shared memory.
+As fp4_linear_wgmma.py, and the same bits; but a thread asks for all of its codes and scales at once, so that the
+whole weight is on its way when the kernel has begun, and no stage waits for another. Only x goes through shared
+memory.
 """
 
 from __future__ import annotations
 
 from pallas_kernels.fp4_bmm_tiles import SLAB_BYTES
-from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales
+from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
 from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, SCALE_WORD_BYTES, Config, Problem
 from pallas_kernels.fp4_linear_wgmma import ALL, DESCRIPTOR, Kernel
 from pallas_kernels.fragments import BLOCK
@@ -37,6 +38,7 @@ class _Direct(Kernel):
         k_blocks = p.contraction // BLOCK
         self.words = [ptx.regs("word", 4) for _ in range(c.blocks)]
         self.scale_words = ptx.regs("scale", c.blocks)
+        # Not .nc: such loads ptxas would put off until after the barrier, one by one.
         for block, words in enumerate(self.words):
             ptx(f"ld.global.L1::no_allocate.v4.b32 {vector(words)}, [{self.codes}+{block * BLOCK_BYTES}];")
         ptx(  # scales [16 rows][g][block][4]
@@ -52,15 +54,40 @@ class _Direct(Kernel):
             some = self.scale_words[first : first + width]
             suffix, into = (f".v{width}", vector(some)) if width > 1 else ("", some[0])
             ptx(f"ld.global{suffix}.b32 {into}, [{self.scales}+{first * SCALE_WORD_BYTES}];")
-        for i, size in enumerate(self.sizes):
-            guard = f"@{self.last_rows} " if (i + 1) * self.pass_rows > c.tokens else ""
-            for block in range(c.blocks):
-                to = (block * c.tokens + i * self.pass_rows) * SLAB_BYTES
-                source = i * self.pass_rows * self.row_bytes + block * SLAB_BYTES
-                ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x}+{source}], 16, {size};")
+        self._ask_for_x()
         ptx("cp.async.commit_group;")
         if c.push:
             self._expect_partial_results()
+
+    def _ask_for_x(self) -> None:
+        """As the other kernel does; but where a pass covers the rows of several blocks, these together."""
+        ptx, p, c = self.ptx, self.p, self.c
+        together = self.pass_rows // c.tokens
+        if c.tokens & (c.tokens - 1) or together < 2 or c.blocks % together:
+            for i, size in enumerate(self.sizes):
+                guard = f"@{self.last_rows} " if (i + 1) * self.pass_rows > c.tokens else ""
+                for block in range(c.blocks):
+                    self._copy_x(guard, block * c.tokens + i * self.pass_rows, i * self.pass_rows, block, size)
+            return
+        size = self.sizes[0]
+        ptx(  # to row tid / 8 of all the slabs' rows: row tid / 8 % tokens of block tid / 8 / tokens
+            f"shr.u32 {self.tmp2}, {self.tid}, 3;",
+            f"and.b32 {self.tmp}, {self.tmp2}, {c.tokens - 1};",
+            f"sub.u32 {self.tmp2}, {self.tmp2}, {self.tmp};",  # rows too many
+            f"mul.wide.u32 {self.wide}, {self.tmp2}, {self.row_bytes};",
+            f"sub.u64 {self.x}, {self.x}, {self.wide};",
+            f"mul.wide.u32 {self.wide}, {self.tmp2}, {SLAB_BYTES // c.tokens};",
+            f"add.u64 {self.x}, {self.x}, {self.wide};",
+            f"add.u32 {self.tmp}, {self.tmp}, {self.token};",
+            f"setp.lt.u32 {self.pred}, {self.tmp}, {p.batch};",
+            f"selp.b32 {size}, 16, 0, {self.pred};",
+        )
+        for block in range(0, c.blocks, together):
+            self._copy_x("", block * c.tokens, 0, block, size)
+
+    def _copy_x(self, guard: str, to_row: int, row: int, block: int, size: str) -> None:
+        to, source = to_row * SLAB_BYTES, row * self.row_bytes + block * SLAB_BYTES
+        self.ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x}+{source}], 16, {size};")
 
     def _multiply(self) -> None:
         """Block after block, decoded under the products of the one before."""
@@ -84,6 +111,9 @@ class _Direct(Kernel):
         for block in range(c.blocks):
             ptx("wgmma.wait_group.sync.aligned 1;")
             bias_scales(ptx, self.constants, self.scale_words[block : block + 1])
-            self._decode(self.words[block], self.scale_words[block], self.fragments[block % 2])
-            self._products(self.fragments[block % 2], self.acc[0], block)
-        ptx("wgmma.wait_group.sync.aligned 0;", f"bar.sync {ALL}, {self.threads};")
+            fragments = self.fragments[block % 2]
+            decode_block(ptx, self.constants, self.words[block], self.scale_words[block], self.factors, fragments)
+            self._products(fragments, self.acc[0], block)
+        ptx("wgmma.wait_group.sync.aligned 0;")
+        if not c.push:  # partial results take x's place
+            ptx(f"bar.sync {ALL}, {self.threads};")

@@ -1,4 +1,4 @@
-"""The FP4 linear kernel for hundreds of tokens on Hopper: x by TMA, shared by a cluster; weights decoded in registers.
+"""The FP4 linear kernel for hundreds of tokens on Hopper: x by TMA for a whole cluster, weights to registers.
 
     out[m, n] = sum_k x[m, k] A[n, k]        A in fragment order (fragments.py), exact
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SHARED_MEMORY_BYTES, SLAB_BYTES
-from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
+from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
 from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Problem
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import Ptx, vector
@@ -181,12 +181,12 @@ class _Kernel:
     def _prepare_barriers(self) -> None:
         """For each slot one for full, after all of them one for empty: every warp that multiplies, of all sharing."""
         ptx, c = self.ptx, self.c
-        skip = ptx.label("not_the_first")
+        skip, warps = ptx.label("not_the_first"), 4 * _CONSUMERS * c.sharing
         ptx(f"setp.ne.u32 {self.pred}, {self.tid}, 0;", f"@{self.pred} bra {skip};")
         for slot in range(c.slots):
             ptx(
                 f"mbarrier.init.shared::cta.b64 [{self.barriers}+{8 * slot}], 1;",
-                f"mbarrier.init.shared::cta.b64 [{self.barriers}+{8 * (c.slots + slot)}], {4 * _CONSUMERS * c.sharing};",
+                f"mbarrier.init.shared::cta.b64 [{self.barriers}+{8 * (c.slots + slot)}], {warps};",
             )
         ptx("fence.mbarrier_init.release.cluster;", f"{skip}:")
         if cluster(c) > 1:
@@ -360,7 +360,7 @@ class _Kernel:
         else:
             ptx(f"@{self.releases} mbarrier.arrive.shared::cta.b64 _, [{self.tmp}];")
         self._next(self.free, None)
-        self._decode(b, fragments)
+        decode_block(ptx, self.constants, self.words[b], self.scale_words[b], self.factors, fragments)
         self._fetch(b, f"@{self.more} ")
         if b == 1:
             self._fetch_scales(f"@{self.more} ")
@@ -379,17 +379,6 @@ class _Kernel:
             )
         ptx("wgmma.commit_group.sync.aligned;")
         self._next(self.slot, self.parity)
-
-    def _decode(self, b: int, into: list[list[str]]) -> None:
-        """A block's four words to the fragments of its four k steps, scales folded in."""
-        low, high = self.factors
-        for step in range(4):
-            decode_word(self.ptx, self.constants, self.words[b][step], into[step])
-            if step % 2 == 0:  # a factor for each of the thread's two rows, the same for 32 k
-                scale_pair(self.ptx, self.scale_words[b], step, step, low)
-                scale_pair(self.ptx, self.scale_words[b], step + 1, step + 1, high)
-            for p, register in enumerate(into[step]):
-                multiply(self.ptx, register, self.factors[p & 1])
 
     def _write_partial_results(self) -> None:
         """Accumulators to shared memory, float32 [token][row]; then all of the parts' are there."""
@@ -411,7 +400,7 @@ class _Kernel:
             ptx(f"bar.sync {_ALL}, {_THREADS};")
 
     def _add_and_store(self) -> None:
-        """The parts' CTAs take turns at groups of 8 outputs: each adds its groups' partial results, in their order."""
+        """The parts' CTAs take turns at groups of 8 outputs: each adds its groups' partial results, in order."""
         ptx, p, c = self.ptx, self.p, self.c
         groups = _ROWS // 8  # of a token
         items, step = c.tokens * groups, _THREADS * c.split

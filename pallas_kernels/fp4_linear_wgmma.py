@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES
-from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
+from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
 from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Config, Problem
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import Ptx, vector
@@ -43,6 +43,7 @@ class Kernel:
         self.row_bytes = problem.contraction * 2  # of x
 
     def emit(self) -> str:
+        """The program."""
         self._indices()
         self._sources()
         self._destinations()
@@ -275,7 +276,14 @@ class Kernel:
                 fragments = self.fragments[unit % 2]
                 unit += 1
                 ptx("wgmma.wait_group.sync.aligned 1;")  # what used these fragments last is complete
-                self._decode(self.words[tile][block], self.scale_words[tile][block], fragments)
+                decode_block(
+                    ptx,
+                    self.constants,
+                    self.words[tile][block],
+                    self.scale_words[tile][block],
+                    self.factors,
+                    fragments,
+                )
                 self._products(fragments, self.acc[tile], block)
 
     def _products(self, fragments: list[list[str]], accumulators: list[str], block: int) -> None:
@@ -290,17 +298,6 @@ class Kernel:
                 f"{vector(fragments[step])}, {self.at}, 1, 1, 1, 0;",
             )
         ptx("wgmma.commit_group.sync.aligned;")
-
-    def _decode(self, words: list[str], scale: str, into: list[list[str]]) -> None:
-        """A block's four words to the fragments of its four k steps, scales folded in."""
-        low, high = self.factors
-        for step in range(4):
-            decode_word(self.ptx, self.constants, words[step], into[step])
-            if step % 2 == 0:  # a factor for each of the thread's two rows, the same for 32 k
-                scale_pair(self.ptx, scale, step, step, low)
-                scale_pair(self.ptx, scale, step + 1, step + 1, high)
-            for p, register in enumerate(into[step]):
-                multiply(self.ptx, register, self.factors[p & 1])
 
     def _write_partial_results(self) -> None:
         """Accumulators to shared memory, float32 [token][row]; then all of the cluster's are there."""

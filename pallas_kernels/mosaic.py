@@ -110,7 +110,8 @@ def mosaic_kernel(
 
     Args:
         program: makes the block; $0, $1, ... are the operands' addresses, then the output's, then those of tensor
-            maps (64-bit), then that of shared memory (32-bit). It must mask by itself, and every thread must reach its end.
+            maps (64-bit), then that of shared memory (32-bit). It must mask by itself, and every thread must reach
+            its end.
         out_shape: of the result.
         grid: clusters; CTAs where they are alone.
         warpgroups: of a CTA.
