@@ -7,9 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 
-def kernel_us(function: Callable, calls: Sequence[tuple]) -> tuple[float, float]:
+def in_place(function: Callable, call: tuple) -> Callable:
+    """run(out, call) -> out: a function of a call's arguments, compiled for one call's to write where it is told.
+
+    Args:
+        function: see kernel_us.
+        call: arrays, or anything with their shapes and dtypes.
+    """
+    run = jax.jit(lambda out, call: function(*call), donate_argnums=0, keep_unused=True)
+    return run.lower(jax.eval_shape(lambda call: function(*call), call), call).compile()
+
+
+def kernel_us(function: Callable, calls: Sequence[tuple], run: Callable | None = None) -> tuple[float, float]:
     """Median and spread (interquartile) of the time that CUPTI sees on the device for one call, microseconds.
 
     Every call writes where the one before it wrote, as a model's layers do: results in fresh memory would cost the
@@ -19,11 +31,12 @@ def kernel_us(function: Callable, calls: Sequence[tuple]) -> tuple[float, float]
         function: of a call's arguments; one array or a tree of arrays.
         calls: arguments of the calls, which follow each other: distinct weights, more than the L2 cache holds, make
             every one of them cold.
+        run: in_place of the function, where it is compiled already.
     """
     from jax.experimental.mosaic.gpu import profiler
 
-    run = jax.jit(lambda out, call: function(*call), donate_argnums=0, keep_unused=True)
-    out = run(jax.block_until_ready(function(*calls[0])), calls[0])
+    run = in_place(function, calls[0]) if run is None else run
+    out = run(empty_out(function, calls[0]), calls[0])
 
     def all_calls():
         nonlocal out
@@ -40,6 +53,12 @@ def kernel_us(function: Callable, calls: Sequence[tuple]) -> tuple[float, float]
     times = [1e3 * sum(ms for _, ms in kernels[i * per_call : (i + 1) * per_call]) for i in range(1, len(calls))]
     low, middle, high = statistics.quantiles(times, n=4)
     return middle, high - low
+
+
+def empty_out(function: Callable, call: tuple):
+    """Zeros where a call's result may go."""
+    shapes = jax.eval_shape(lambda call: function(*call), call)
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
 
 class _AsItIs:
@@ -62,13 +81,13 @@ def loop_us(step: Callable, state: jax.Array, weights, calls: int, *, repeats: i
     """Wall time per call of a chain of `calls` calls within one jitted function, its state donated and fed back.
 
     Args:
-        step: (state, weights) -> state of the same shape, not jitted.
+        step: (state, weights) -> state of the same shape; not jitted, or compiled with its state donated.
         state: consumed.
         weights: stay where they are.
         calls: that one step makes.
         repeats: steps timed, without waiting in between.
     """
-    run = jax.jit(step, donate_argnums=0)
+    run = step if isinstance(step, jax.stages.Compiled) else jax.jit(step, donate_argnums=0)
     for _ in range(4):
         state = run(state, weights)
     state.block_until_ready()

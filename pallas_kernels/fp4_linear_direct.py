@@ -54,40 +54,15 @@ class _Direct(Kernel):
             some = self.scale_words[first : first + width]
             suffix, into = (f".v{width}", vector(some)) if width > 1 else ("", some[0])
             ptx(f"ld.global{suffix}.b32 {into}, [{self.scales}+{first * SCALE_WORD_BYTES}];")
-        self._ask_for_x()
+        for i, size in enumerate(self.sizes):
+            guard = f"@{self.last_rows} " if (i + 1) * self.pass_rows > c.tokens else ""
+            for block in range(c.blocks):
+                to = (block * c.tokens + i * self.pass_rows) * SLAB_BYTES
+                source = i * self.pass_rows * self.row_bytes + block * SLAB_BYTES
+                ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x}+{source}], 16, {size};")
         ptx("cp.async.commit_group;")
         if c.push:
             self._expect_partial_results()
-
-    def _ask_for_x(self) -> None:
-        """As the other kernel does; but where a pass covers the rows of several blocks, these together."""
-        ptx, p, c = self.ptx, self.p, self.c
-        together = self.pass_rows // c.tokens
-        if c.tokens & (c.tokens - 1) or together < 2 or c.blocks % together:
-            for i, size in enumerate(self.sizes):
-                guard = f"@{self.last_rows} " if (i + 1) * self.pass_rows > c.tokens else ""
-                for block in range(c.blocks):
-                    self._copy_x(guard, block * c.tokens + i * self.pass_rows, i * self.pass_rows, block, size)
-            return
-        size = self.sizes[0]
-        ptx(  # to row tid / 8 of all the slabs' rows: row tid / 8 % tokens of block tid / 8 / tokens
-            f"shr.u32 {self.tmp2}, {self.tid}, 3;",
-            f"and.b32 {self.tmp}, {self.tmp2}, {c.tokens - 1};",
-            f"sub.u32 {self.tmp2}, {self.tmp2}, {self.tmp};",  # rows too many
-            f"mul.wide.u32 {self.wide}, {self.tmp2}, {self.row_bytes};",
-            f"sub.u64 {self.x}, {self.x}, {self.wide};",
-            f"mul.wide.u32 {self.wide}, {self.tmp2}, {SLAB_BYTES // c.tokens};",
-            f"add.u64 {self.x}, {self.x}, {self.wide};",
-            f"add.u32 {self.tmp}, {self.tmp}, {self.token};",
-            f"setp.lt.u32 {self.pred}, {self.tmp}, {p.batch};",
-            f"selp.b32 {size}, 16, 0, {self.pred};",
-        )
-        for block in range(0, c.blocks, together):
-            self._copy_x("", block * c.tokens, 0, block, size)
-
-    def _copy_x(self, guard: str, to_row: int, row: int, block: int, size: str) -> None:
-        to, source = to_row * SLAB_BYTES, row * self.row_bytes + block * SLAB_BYTES
-        self.ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x}+{source}], 16, {size};")
 
     def _multiply(self) -> None:
         """Block after block, decoded under the products of the one before."""
@@ -114,6 +89,4 @@ class _Direct(Kernel):
             fragments = self.fragments[block % 2]
             decode_block(ptx, self.constants, self.words[block], self.scale_words[block], self.factors, fragments)
             self._products(fragments, self.acc[0], block)
-        ptx("wgmma.wait_group.sync.aligned 0;")
-        if not c.push:  # partial results take x's place
-            ptx(f"bar.sync {ALL}, {self.threads};")
+        ptx("wgmma.wait_group.sync.aligned 0;", f"bar.sync {ALL}, {self.threads};")

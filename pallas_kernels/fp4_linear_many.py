@@ -1,14 +1,13 @@
-"""The FP4 linear kernel for hundreds of tokens on Hopper: x by TMA for a whole cluster, weights to registers.
+"""The FP4 linear kernel for hundreds of tokens on Hopper: x by TMA, weights straight to registers.
 
     out[m, n] = sum_k x[m, k] A[n, k]        A in fragment order (fragments.py), exact
 
-With so many tokens a product is bound by what comes from the L2 cache: x again for every tile of outputs. A CTA has
-128 outputs (64 for each of two warpgroups) by up to 256 tokens, the widest wgmma, and the `sharing` CTAs of a cluster
-that have the same tokens load each a part of x and send it to all. A third warpgroup's first thread does that, block
-of 64 k by block, through a ring of slots with a barrier for full and one for empty. Codes and scales go from global
-memory to the registers of the thread that decodes them, two blocks ahead, and are decoded under the wgmma of the
-block before. `split` CTAs of a cluster share the contraction; their partial results meet in shared memory, in the
-ring's place, and are added in the order of the parts.
+A CTA has 128 outputs (64 for each of two warpgroups) by up to 256 tokens, the widest wgmma. A third warpgroup's
+first thread loads x, block of 64 k by block, through a ring of slots with a barrier for full and one for empty. Codes
+and scales go from global memory to the registers of the thread that decodes them, two blocks ahead, and are decoded
+under the wgmma of the block before. `split` CTAs of a cluster share the contraction; their partial results meet in shared
+memory, in the ring's place, and are added in the order of the parts. `sharing` CTAs that have the same tokens may load
+a part of x each and send it to all.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Config:
 
     split: int
     tokens: int = 256
-    sharing: int = 2
+    sharing: int = 1
     slots: int = 6
 
 
@@ -237,11 +236,12 @@ class _Kernel:
 
     def _await(self, barrier: str, offset: int, parity: str) -> None:
         ptx = self.ptx
+        # Of the CTA's scope even where others arrive: what it guards goes through the async proxy alone, and a wait or
+        # an arrival of the cluster's scope would wait for, or drop, what a thread has under way in global memory.
         again = ptx.label("await")
-        scope = ".acquire.cluster" if cluster(self.c) > 1 else ""
         ptx(
             f"{again}:",
-            f"mbarrier.try_wait.parity{scope}.shared::cta.b64 {self.pred}, [{barrier}+{offset}], {parity};",
+            f"mbarrier.try_wait.parity.shared::cta.b64 {self.pred}, [{barrier}+{offset}], {parity};",
             f"@!{self.pred} bra {again};",
         )
 
@@ -356,7 +356,7 @@ class _Kernel:
         # What used these fragments last is complete, and its slot of x is free.
         ptx("wgmma.wait_group.sync.aligned 1;", f"mad.lo.u32 {self.tmp}, {self.free}, 8, {self.release};")
         if c.sharing > 1:
-            ptx(f"@{self.releases} mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{self.tmp}];")
+            ptx(f"@{self.releases} mbarrier.arrive.shared::cluster.b64 _, [{self.tmp}];")
         else:
             ptx(f"@{self.releases} mbarrier.arrive.shared::cta.b64 _, [{self.tmp}];")
         self._next(self.free, None)
