@@ -54,6 +54,8 @@ SHAPES: tuple[Shape, ...] = (  # heads, sequences, keys: what matters most first
     (16, 1, 65536),
     *((128, batch, keys) for keys in (4096, 16384) for batch in (1, 8)),
 )
+IMPORTANT = 14  # of SHAPES: these come first, for every dtype of the cache
+XLA_FIRST = ((128, 32, 4096), (16, 32, 4096), (128, 1, 65536))  # the shapes of XLA's that come before the rest
 _ONE_LOWERS = threading.Lock()
 NAMES = ("mosaic_gpu", "triton", "xla")
 
@@ -132,19 +134,27 @@ def measure(compiled, shape: Shape, args: tuple, exact: np.ndarray, dtype: str) 
     }
 
 
-def compile_all(names, shapes, page: int, caches, pool: ThreadPoolExecutor) -> dict[tuple[str, str, Shape], Future]:
-    """Programs that are being compiled, "made" among them, in the order of the table."""
+def plan(names: Sequence[str], shapes: Sequence[Shape], caches: Sequence[str]) -> list[tuple[list[str], str, Shape]]:
+    """Which implementations, cache and shape follow each other: what matters most first."""
+    kernels, plain = ([name for name in names if (name == implementations.XLA) == is_xla] for is_xla in (False, True))
+    first = [*itertools.product([kernels], caches, shapes[:IMPORTANT])]
+    first += [(plain, caches[0], shape) for shape in shapes if shape in XLA_FIRST]
+    first += itertools.product([kernels], caches, shapes[IMPORTANT:])
+    first += [row for row in itertools.product([plain], caches, shapes) if row not in first]
+    return [row for row in first if row[0]]
+
+
+def compile_all(wanted, page: int, pool: ThreadPoolExecutor) -> dict[tuple[str, str, Shape], Future]:
+    """Programs that are being compiled, by name, dtype of the cache and shape, in the order given."""
     programs = {}
-    for dtype in caches:
-        for shape in shapes:
-            for name in names:
-                make = functools.partial(made if name == "made" else operands, shape, page, dtype)
-                function, args = make, ()
-                if name != "made":
-                    function, args = functools.partial(attention, name=name), jax.eval_shape(make)
-                lower = functools.partial(jax.jit(function).lower, *args)
-                # Lowering is Python: several at once would only make the first ones late.
-                programs[name, dtype, shape] = pool.submit(_lower_and_compile, lower)
+    for name, dtype, shape in wanted:
+        make = functools.partial(made if name == "made" else operands, shape, page, dtype)
+        function, args = make, ()
+        if name != "made":
+            function, args = functools.partial(attention, name=name), jax.eval_shape(make)
+        lower = functools.partial(jax.jit(function).lower, *args)
+        # Lowering is Python: several at once would only make the first ones late.
+        programs[name, dtype, shape] = pool.submit(_lower_and_compile, lower)
     return programs
 
 
@@ -209,31 +219,34 @@ def main() -> None:
 
     add(*({"name": name, "error": why} for name in names if (why := implementations.why_not(name))))
     names = [name for name in names if implementations.why_not(name) is None]
-    kernels = [name for name in names if name != implementations.XLA]
-    caches = args.cache.split(",")
+    rows_to_come = plan(names, shapes, args.cache.split(","))
     flashmla = None if args.no_flashmla else start_flashmla(shapes)
     with ThreadPoolExecutor(12) as pool:
-        programs = compile_all(["made", *kernels], shapes, args.page, caches, pool)
+        # XLA's products are tuned by timing them: they are compiled when it is their turn, alone.
+        early = [
+            (name, dtype, shape)
+            for group, dtype, shape in rows_to_come
+            for name in ("made", *group)
+            if name != implementations.XLA
+        ]
+        programs = compile_all(dict.fromkeys(early), args.page, pool)
         if flashmla is not None:
             add(*flashmla_rows(flashmla, left() / 2))
-        # XLA's products are tuned by timing them, so these wait for FlashMLA; and they come last.
-        for group in (kernels, [name for name in names if name == implementations.XLA]):
-            for dtype, shape in itertools.product(caches, shapes) if group else ():
-                where = {**dict(zip(("heads", "batch", "keys"), shape, strict=True)), "page": args.page}
-                where["cache"] = dtype
-                if left() < 0:
-                    add(*({"name": name, **where, "error": "out of time"} for name in group))
-                    continue
-                call, few = programs["made", dtype, shape].result()()
-                exact = reference(*few)
-                for name in group:
-                    if (name, dtype, shape) not in programs:
-                        programs |= compile_all([name], [shape], args.page, [dtype], pool)
-                    try:
-                        row = measure(programs[name, dtype, shape].result(), shape, call, exact, dtype)
-                    except Exception as error:  # one failure must not hide the other rows
-                        row = {"error": f"{type(error).__name__}: {error}"[:500]}
-                    add({"name": name, **where, **row})
+        for group, dtype, shape in rows_to_come:
+            where = {**dict(zip(("heads", "batch", "keys"), shape, strict=True)), "page": args.page, "cache": dtype}
+            if left() < 0:
+                add(*({"name": name, **where, "error": "out of time"} for name in group))
+                continue
+            call, few = programs["made", dtype, shape].result()()
+            exact = reference(*few)
+            for name in group:
+                if (name, dtype, shape) not in programs:
+                    programs |= compile_all([(name, dtype, shape)], args.page, pool)
+                try:
+                    row = measure(programs[name, dtype, shape].result(), shape, call, exact, dtype)
+                except Exception as error:  # one failure must not hide the other rows
+                    row = {"error": f"{type(error).__name__}: {error}"[:500]}
+                add({"name": name, **where, **row})
         for program in programs.values():
             program.cancel()
     print(f"{'':12}{'heads':>6}{'B':>5}{'S':>7}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}")

@@ -4,7 +4,8 @@
 
 Nothing is timed before it has passed its gate: results equal, bit for bit, to an exact reference. "kernel" is CUPTI's
 time, "call" the wall time per call of a chain of k_up and v_up calls in one jitted, donated loop (bench/timing.py).
-Peers in torch run first, in a process of their own (bench/matmul_peers.py). Rows are in order of importance.
+Peers in torch run first, in a process of their own (bench/matmul_peers.py). Rows are in order of importance; a batch
+of them is compiled by several threads, then timed while nothing else runs. `--only` takes one part of the table.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -27,7 +30,7 @@ from tqdm import tqdm
 
 from bench import environment
 from bench.ceilings import touch
-from bench.timing import kernel_us, loop_us
+from bench.timing import empty_out, in_place, kernel_us, loop_us
 from mla_fp4_jax import FP4Array, fp4_bmm
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
@@ -75,7 +78,10 @@ OTHER_SHAPES = (
     Shape(64, 128, 128, 512),
     Shape(32, 128, 128, 256),  # L of Mistral's form
 )
-OTHER_BATCHES = (1, 64, 512)
+OTHER_BATCHES = (1, 8, 64, 512, 16, 32, 128, 256)
+V3, OTHERS = "deepseek-v3", "other-shapes"  # parts of the table
+COMPILED_AT_ONCE = 32  # rows
+_THREADS = 8  # that compile; XLA's own products, whose tuning runs on the GPU, have one
 
 
 def product(shape: Shape, implementation: str, op: str, x: jax.Array, w: FP4Array) -> jax.Array:
@@ -110,6 +116,9 @@ def scaled_dot_product(shape: Shape, op: str, x: jax.Array, w: FP4Array) -> jax.
 _XLA_CALLS = {DENSE: dense_product, SCALED_DOT: scaled_dot_product}
 
 
+Row = tuple[Shape, str, str | None, int]  # shape, implementation, op or None for the loop, batch
+
+
 class Setting:
     """One shape's operands: weights to rotate through under scales of trained size, and exact ones for the gate."""
 
@@ -141,13 +150,15 @@ class Setting:
         self.prepare = {MOSAIC: lambda w: w.in_fragment_order(shape.P), DENSE: dense}
         self.integers = {op: x(op, lambda key, shape: jax.random.randint(key, shape, -2, 3)) for op in OPS}
         self.normals = {op: x(op, jax.random.normal) for op in OPS}
-        # Of the largest batch only, and sliced: XLA tunes float32 products for many seconds at every shape.
-        with jax.default_matmul_precision("highest"):
-            self.references = {op: self._reference(op) for op in OPS}
+        self.references = {op: self._reference(op) for op in OPS}
 
     def _reference(self, op: str) -> np.ndarray:
-        x, w = self.integers[op].astype(jnp.float32), self.exact.dequantize(jnp.float32)
-        return np.asarray(dense_product(self.shape, op, x, w).astype(jnp.bfloat16))
+        """Of the largest batch, by NumPy: sums of small integers over 4, which float32 holds exactly."""
+        P = self.shape.P
+        x = np.asarray(self.integers[op].astype(jnp.float32)).swapaxes(0, 1)
+        w = np.asarray(self.exact.dequantize(jnp.float32))
+        y = x[..., :P] @ w[:, :P] if op == "k_up" else x @ w[:, P:].swapaxes(1, 2)
+        return y.swapaxes(0, 1).astype(jnp.bfloat16)
 
     def call(self, name: str) -> Callable:
         """(op, x, w) -> y, jitted, so that a chain of calls lowers it once."""
@@ -157,16 +168,30 @@ class Setting:
             run = functools.partial(product, self.shape, "xla" if name == DEQUANTISE else name)
         return jax.jit(lambda op, x, w: run(op, x, w), static_argnums=0)
 
-    def measure(self, name: str, op: str, batch: int) -> dict[str, object]:
+    def compile(self, name: str, op: str | None, batch: int) -> Callable:
+        """What measure (of a loop, measure_loop, where op is None) runs; it runs nothing itself."""
+        call, weights = self.call(name), self.weights.get(name, self.rows)
+        if op is not None:
+            return in_place(functools.partial(call, op), (self.normals[op][:batch], weights[0]))
+
+        def step(q, weights):
+            for w in weights:
+                q = call("v_up", call("k_up", q, w), w)
+            return q
+
+        state = jax.ShapeDtypeStruct((batch, self.shape.H, self.shape.P), jnp.bfloat16)
+        return jax.jit(step, donate_argnums=0).lower(state, weights).compile()
+
+    def measure(self, name: str, op: str, batch: int, run: Callable) -> dict[str, object]:
         """One row of the table, gate first; RuntimeError unless the product of integers is exact."""
         call = functools.partial(self.call(name), op)
-        exact = self.prepare.get(name, lambda w: w)(self.exact)
+        exact = self.integers[op][:batch], self.prepare.get(name, lambda w: w)(self.exact)
         want = self.references[op][:batch]
-        wrong = int(np.sum(np.asarray(call(self.integers[op][:batch], exact)) != want))
+        wrong = int(np.sum(np.asarray(run(empty_out(call, exact), exact)) != want))
         if wrong:
             raise RuntimeError(f"{wrong} of {want.size} results are wrong; not timed.")
         x = self.normals[op][:batch]
-        median, spread = kernel_us(call, [(x, w) for w in self.weights.get(name, self.rows)])
+        median, spread = kernel_us(call, [(x, w) for w in self.weights.get(name, self.rows)], run)
         floor = self.shape.floor_bytes(op, batch)
         return {
             "kernel_us": round(median, 3),
@@ -175,30 +200,59 @@ class Setting:
             "tb_per_s": round(floor / median / 1e6, 3),
         }
 
-    def measure_loop(self, name: str, batch: int) -> dict[str, object]:
+    def measure_loop(self, name: str, batch: int, run: Callable) -> dict[str, object]:
         """A chain of k_up and v_up over all weights, state [B, H, P] donated and fed back; needs P = V."""
-        call, weights = self.call(name), self.weights.get(name, self.rows)
-
-        def step(q, weights):
-            for w in weights:
-                q = call("v_up", call("k_up", q, w), w)
-            return q
-
+        weights = self.weights.get(name, self.rows)
         state = self.normals["k_up"][:batch, :, : self.shape.P] + 0
-        return {"call_us": round(loop_us(step, state, weights, 2 * len(weights)), 3)}
+        return {"call_us": round(loop_us(run, state, weights, 2 * len(weights)), 3)}
 
 
-def plan() -> list[tuple[Shape, str, str | None, int]]:
-    """(shape, name, op or None for the loop, batch), most important first."""
-    rows: list[tuple[Shape, str, str | None, int]] = []
+def compile_all(setting: Setting, rows: list[Row]) -> list[Callable | Exception]:
+    """Setting.compile of every row, or what kept it from being compiled."""
+
+    def attempt(row: Row) -> Callable | Exception:
+        try:
+            return setting.compile(*row[1:])
+        except (RuntimeError, NotImplementedError) as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as threads, ThreadPoolExecutor(1) as thread:
+        futures = [(threads if row[1] in (MOSAIC, TRITON) else thread).submit(attempt, row) for row in rows]
+        return [future.result() for future in futures]
+
+
+def measured(setting: Setting, name: str, op: str | None, batch: int, run: Callable | Exception) -> dict[str, object]:
+    """What a row of the table says beside its names: times, or why there are none."""
+    if isinstance(run, Exception):
+        return {"error": str(run)[:300]}
+    try:
+        if op is None:
+            return setting.measure_loop(name, batch, run)
+        return setting.measure(name, op, batch, run)
+    except (RuntimeError, NotImplementedError) as error:
+        return {"error": str(error)[:300]}
+
+
+def plan(parts: tuple[str, ...] = (V3, OTHERS)) -> list[Row]:
+    """Rows of some parts of the table, most important first."""
+    rows: list[Row] = []
     rows += [(DEEPSEEK_V3, name, op, batch) for batch in BATCHES for op in OPS for name in (MOSAIC, DENSE)]
     rows += [(DEEPSEEK_V3, name, None, batch) for batch in BATCHES for name in (MOSAIC, DENSE)]
     rows += [(DEEPSEEK_V3, TRITON, op, batch) for batch in (1, 16, 64, 256) for op in OPS]
     rows += [(DEEPSEEK_V3, DEQUANTISE, op, batch) for batch in (1, 64) for op in OPS]
     rows += [(DEEPSEEK_V3, SCALED_DOT, "v_up", batch) for batch in (1, 64)]
-    for shape in OTHER_SHAPES:
+    if V3 not in parts:
+        rows.clear()
+    for shape in OTHER_SHAPES if OTHERS in parts else ():
         rows += [(shape, name, op, batch) for batch in OTHER_BATCHES for op in OPS for name in (MOSAIC, DENSE)]
     return rows
+
+
+def batches_of_rows(rows: list[Row]) -> Iterator[list[Row]]:
+    """Consecutive rows of one shape, at most COMPILED_AT_ONCE."""
+    for _, same in itertools.groupby(rows, key=lambda row: row[0]):
+        same = list(same)
+        yield from (same[i : i + COMPILED_AT_ONCE] for i in range(0, len(same), COMPILED_AT_ONCE))
 
 
 def ceilings(setting: Setting) -> dict[str, float]:
@@ -226,25 +280,27 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=900, help="start nothing new after so long")
     parser.add_argument("--no-peers", action="store_true", help="leave the peers in torch out")
+    parser.add_argument("--only", choices=(V3, OTHERS), help="one part of the table")
     args = parser.parse_args()
     start = time.monotonic()
-    rows = [] if args.no_peers else peers(args.seconds / 2)
+    parts = (V3, OTHERS) if args.only is None else (args.only,)
+    rows = [] if args.no_peers or V3 not in parts else peers(args.seconds / 2)
     setting = Setting(DEEPSEEK_V3)
-    ceiling = ceilings(setting)
-    for shape, name, op, batch in tqdm(plan(), desc="matmul", mininterval=5):
-        row = {"shape": str(shape), "name": name, "op": op or "both", "batch": batch}
-        if time.monotonic() - start > args.seconds:
-            row["error"] = "out of time"
-        else:
-            if setting.shape != shape:
-                setting = Setting(shape)
-            try:
-                row |= setting.measure_loop(name, batch) if op is None else setting.measure(name, op, batch)
-            except (RuntimeError, NotImplementedError) as error:
-                row["error"] = str(error)[:300]
-        rows.append(row)
-        result = {**environment.describe(args.commit), "ceilings": ceiling, "rows": rows}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    ceiling, described = ceilings(setting), environment.describe(args.commit)
+    todo = plan(parts)
+    progress = tqdm(total=len(todo), desc="matmul", mininterval=5)
+    for some in batches_of_rows(todo):
+        runs: list[Callable | Exception] = [RuntimeError("out of time")] * len(some)
+        if time.monotonic() - start < args.seconds:
+            shape = some[0][0]
+            setting = setting if setting.shape == shape else Setting(shape)
+            runs = compile_all(setting, some)
+        for (shape, name, op, batch), run in zip(some, runs, strict=True):
+            row = {"shape": str(shape), "name": name, "op": op or "both", "batch": batch}
+            run = RuntimeError("out of time") if time.monotonic() - start > args.seconds else run
+            rows.append(row | measured(setting, name, op, batch, run))
+            progress.update()
+            args.out.write_text(json.dumps({**described, "ceilings": ceiling, "rows": rows}, indent=1) + "\n")
     print(table({"ceilings": ceiling, "rows": rows}))
 
 

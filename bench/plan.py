@@ -1,9 +1,9 @@
 """Planning numbers for DeepSeek-V3/R1 and Kimi-K2: memory a GPU and the predicted time of a step's attention part.
 
-    python -m bench.plan [--measured bench/results/SCALING.json] [--gpu H100] [--out FILE.md]
+    python -m bench.plan [--measured bench/results/SCALING.json ..] [--gpu H100] [--out FILE.md]
 
 A layer's step is predicted as  a * projections + b * attention + c + all-reduce.  Projections and attention are their
-rooflines (bench/roofline.py), the all-reduce is latency + bytes 2 (k - 1) / k / rate. A result of bench.scaling gives
+rooflines (bench/roofline.py), the all-reduce is latency + bytes 2 (k - 1) / k / rate. Results of bench.scaling give
 a, b, c, latency and rate by least squares of relative errors, and the page shows what the prediction is off by: for
 every measured point the error of a fit that did not see it. Without one a = b = 1, c = 0 and the rates are the
 datasheet's: a floor.
@@ -110,7 +110,7 @@ def read_points(result: dict, gpu: Gpu, reduction: Model) -> list[Point]:
         if row["kind"] in KINDS and "us" in row:
             layout, total = layouts[row["kind"]], row["sequences"] * (n if row["kind"] == "DP" else 1)
             part = share(DEEPSEEK_V3, layout, total, row["keys"])
-            name = f"{row['kind']:3} B {row['sequences']:4} S {row['keys']:6}"
+            name = f"{default} {row['kind']:3} B {row['sequences']:4} S {row['keys']:6}"
             terms = part.projections_s(gpu, formats, default), part.attention_s(gpu)
             points.append(Point(name, *terms, reduction.reduction(part.exchanged, part.group), row["us"] * 1e-6))
     return points
@@ -122,17 +122,22 @@ def predicted(point: Point, coefficients: tuple[float, float, float]) -> float:
     return a * point.projections + b * point.attention + c + point.reduction
 
 
-def calibrate(result: dict, gpu: Gpu) -> tuple[Model, list[str]]:
-    """The model that a scaling result gives, and the lines that say how far off it is.
+def calibrate(results: list[dict], gpu: Gpu) -> tuple[Model, list[str]]:
+    """The model that scaling results of one host give, and the lines that say how far off it is.
 
     Raises:
-        SystemExit: a result of tiny sizes, or with fewer than four times.
+        SystemExit: results of tiny sizes or of different hosts, or with fewer than four times.
     """
-    if result["options"].get("small"):
-        raise SystemExit("bench.plan: --measured must be of full-size layers; this one was made with --small.")
-    rows = [row for row in result["rows"] if row["kind"] == "all-reduce" and "us" in row]
+    if any(result["options"].get("small") for result in results):
+        raise SystemExit("bench.plan: --measured must be of full-size layers; one was made with --small.")
+    hosts = {(result["devices"], result["environment"]["device"]) for result in results}
+    if len(hosts) > 1:
+        raise SystemExit(f"bench.plan: --measured must be of equal hosts; got {sorted(hosts)}.")
+    result = results[0]
+    rows = [row for each in results for row in each["rows"] if row["kind"] == "all-reduce" and "us" in row]
     latency, rate = fit_reduction(rows, result["devices"])
-    points = read_points(result, gpu, Model(gpu, latency=latency, rate=rate))
+    fitted = Model(gpu, latency=latency, rate=rate)
+    points = [point for each in results for point in read_points(each, gpu, fitted)]
     if len(points) < 4:
         raise SystemExit(f"bench.plan: --measured must have at least 4 times of layers; it has {len(points)}.")
     lines, errors = ["| measured point | us | predicted without it | error |", "|---|---|---|---|"], []
@@ -234,17 +239,18 @@ def page(model: Model, rows: list[dict], calibration: list[str]) -> str:
 def main() -> None:
     """Print the page, write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, metavar="SCALING.json")
+    parser.add_argument("--measured", type=Path, nargs="+", metavar="SCALING.json")
     parser.add_argument("--gpu", choices=GPUS, default="H100")
     parser.add_argument("--out", type=Path, metavar="FILE.md")
     args = parser.parse_args()
     model, calibration = Model(GPUS[args.gpu]), []
     if args.measured is not None:
-        result = json.loads(args.measured.read_text())
-        measured_on = find_gpu(result["environment"]["device"])
+        results = [json.loads(path.read_text()) for path in args.measured]
+        device = results[0]["environment"]["device"]
+        measured_on = find_gpu(device)
         if measured_on is None:
-            raise SystemExit(f"bench.plan: no datasheet of {result['environment']['device']!r}; known: {list(GPUS)}.")
-        model, calibration = calibrate(result, measured_on)
+            raise SystemExit(f"bench.plan: no datasheet of {device!r}; known: {list(GPUS)}.")
+        model, calibration = calibrate(results, measured_on)
         model = dataclasses.replace(model, gpu=GPUS[args.gpu])
     text = page(model, plan(model), calibration)
     print(text)

@@ -1,6 +1,6 @@
 """A DeepSeek-V3 attention layer's decode step on many GPUs against one of the same host.
 
-    python -m bench.scaling --out bench/results/FILE.json [--devices N] [--seconds S] [--plot FILE.png]
+    python -m bench.scaling --out bench/results/FILE.json [--devices N] [--seconds S] [--rows ROWS] [--plot FILE.png]
 
 Heads over all devices (TP) and contexts over all (CP) at the same sequences and keys as one device; sequences over
 all (DP) at as many sequences a device. A "layer" is one of a stack of a few that feed each other, each with weights
@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench import environment
 from bench.roofline import DEEPSEEK_V3, Layout, find_gpu, share
+from bench.scaling_rows import ROWS, SMALL_ROWS, parse_rows
 from bench.stack import (
     ROOM,
     compiled_step,
@@ -313,6 +314,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, default=STACK_LAYERS, help=f"of the whole stack (default {STACK_LAYERS})"
     )
+    parser.add_argument("--rows", help="which, as TP:16x4096,CP:8x131072,stack: sequences x keys (default all)")
     parser.add_argument("--packed", action="store_true", help="MXFP4 linears too, not kv_b_proj alone")
     parser.add_argument("--implementation", help="of the FP4 products; see fp4_bmm")
     parser.add_argument("--attention", help="of the attention over the cache; see mla_decode")
@@ -330,21 +332,9 @@ def main() -> None:
     run.add("gate", {}, lambda: gate_single(run, args.packed))
     if "error" in result["rows"][0]:
         raise SystemExit(f"bench.scaling: {result['rows'][0]['error']}")
-    short, medium, long = (32, 64, 256) if args.small else (4096, 16384, 131072)
     for sequences in (1, 16) if args.small else (1, 16, 64, 128):
         run.add("all-reduce", {"sequences": sequences}, lambda s=sequences: all_reduce(run, s))
-    rows = [
-        ("DP", 64, short),
-        ("TP", 64, short),
-        ("CP", 8, long),
-        ("stack", 0, 0),
-        ("TP", 1, short),
-        ("TP", 16, short),
-    ]
-    rows += [("CP", 1, long), ("DP", 16, short), ("TP", 128, short), ("TP", 16, medium), ("CP", 16, long)]
-    rows += [("DP", 16, medium), ("CP", 8, medium), ("TP", 64, medium), ("CP", 64, medium), ("DP", 128, short)]
-    if args.small:
-        rows = [("DP", 4, short), ("TP", 4, short), ("CP", 2, long), ("stack", 0, 0)]
+    rows = parse_rows(args.rows) if args.rows else SMALL_ROWS if args.small else ROWS
     for kind, sequences, keys in rows:
         if kind == "stack":
             layout = Layout(heads=devices)

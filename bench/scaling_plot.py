@@ -28,5 +28,5 @@ def draw(result: dict, path: Path) -> None:
     axes.set_title(f"Decode step of one attention layer, {result['devices']} x {device} against one", fontsize=9)
     axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

@@ -1,24 +1,28 @@
-"""One decode step of a DeepSeek-V3 attention layer: its parts, its floor, and the best compositions of peers.
+"""One decode step of a DeepSeek-V3 attention layer: its stages, its floor, and the best compositions of peers.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m bench.step --out bench/results/FILE.json --seconds 600
 
 Compositions: "fp4" has every projection in MXFP4; "fp4 kv_b" only kv_b_proj, the others in bfloat16; "xla bf16" is
 bench.step_layer's plain layer, absorbed einsums on a contiguous cache; "torch" (bench/step_torch.py) is cuBLAS, bmm
-and FlashMLA in a CUDA graph. The first two are mla_decode on a paged cache (64).
+and FlashMLA in a CUDA graph. The first two are mla_decode on a cache of pages (64) in random order.
 
 A step runs through several layers of their own weights and caches, more than the L2 cache holds, so that every one
-is cold as in a whole model. "loop" is the wall time a layer of a jitted step whose hidden state and caches are
-donated and fed back; "kernel" the sum of a layer's kernels as CUPTI has it, listed for the first layer. Every step
-writes its token to the same slot. Parts are jitted alone and timed by CUPTI. Floors are bytes and operations
-over this GPU's own read bandwidth and matmul rate, as measured here, part by part.
+is cold as in a whole model; lengths and the page table are arrays that all layers share, as in an engine. "loop" is
+the wall time a layer of a jitted step whose hidden state and caches are donated and fed back; "kernel" the sum of a
+layer's kernels as CUPTI has it, listed for the first layer and summed by stage over all. Every step writes its token
+to the same slot. Floors are bytes and operations over this GPU's own read bandwidth and matmul rate, as measured
+here, stage by stage. "memory" is what the compiled step holds a layer, and its scratch; of all layers with --memory.
 
-Nothing is timed before its output agrees with a float32 layer on the dequantised weights: 1.5 % relative error.
+Nothing is timed before its own output agrees with float32 layers on the dequantised weights: 1.5 % relative error.
+One shape at a time, the most telling first; rows are written as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -30,31 +34,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from bench import environment
 from bench.step_layer import dense_layer, fp4_layer, plain_step, v3_config
-from bench.step_parts import floors, make_cache, measure_parts, paged
-from bench.step_timing import kernels, loop_us, measure_ceilings, total
+from bench.step_peer import TorchPeer
+from bench.step_stages import by_stage, floors, stages_of_kernels
+from bench.step_timing import held, kernels, loop_us, measure_ceilings, total
+from bench.step_turns import deal, run_parts, turn
 from mla_fp4_jax import MLAConfig, MLAWeights, mla_decode
 from mla_fp4_jax.cache import PagedLatentCache
-from mla_fp4_jax.functional import rms_norm
 from mla_fp4_jax.kernel_order import order_for_device
+from mla_fp4_jax.norm import rms_norm
 
-NAMES = ("fp4", "fp4 kv_b", "xla bf16")
-GROUP = 3  # shapes compiled together
+FP4, FP4_KV_B, DENSE = "fp4", "fp4 kv_b", "xla bf16"
+NAMES = (FP4, FP4_KV_B, DENSE)
+PAGE = 64
 GATE = 0.015  # of bfloat16 layers, design.md
+EPS = 1e-12  # of the norms between layers
 SHAPES = (  # heads, sequences, keys; the most telling first
-    (128, 1, 4096),
-    (128, 32, 4096),
-    (128, 8, 4096),
-    (128, 128, 4096),
-    (128, 64, 4096),
+    *((128, batch, 4096) for batch in (1, 32, 128)),
     (16, 32, 4096),
+    (128, 8, 4096),
+    (128, 64, 4096),
     (16, 1, 4096),
-    *((128, batch, 1024) for batch in (1, 32, 128, 8, 64)),
-    *((128, batch, 16_384) for batch in (1, 32, 128, 8, 64)),
-    *((16, batch, keys) for keys in (4096, 1024, 16_384) for batch in (8, 64, 128)),
-    *((16, batch, keys) for keys in (1024, 16_384) for batch in (1, 32)),
+    *((128, batch, 1024) for batch in (1, 32, 128)),
+    *((128, batch, 16_384) for batch in (1, 32, 128)),
+    *((16, batch, 4096) for batch in (128, 8, 64)),
+    *((128, batch, keys) for keys in (1024, 16_384) for batch in (8, 64)),
+    *((16, batch, keys) for keys in (1024, 16_384) for batch in (1, 32, 128, 8, 64)),
 )
 Shape = tuple[int, int, int]
 
@@ -64,107 +72,158 @@ class Setting:
 
     def __init__(self, heads: int, *, small: bool):
         self.config = v3_config(heads, small=small)
-        self.layers = 2 if heads == 128 else 6  # a layer's 100 or 20 MB in FP4 must not stay in L2
-        packed = [fp4_layer(self.config, seed) for seed in range(self.layers)]
-        self.weights: dict[str, list[MLAWeights]] = {
-            "xla bf16": [dense_layer(layer, kv_b=True) for layer in packed],
-            "fp4 kv_b": [order_for_device(dense_layer(layer, kv_b=False), self.config) for layer in packed],
-            "fp4": [order_for_device(layer, self.config) for layer in packed],
-        }
+        self.layers = 2 if small else 4 if heads == 128 else 8  # 400 or 160 MB in FP4: L2 cannot keep them
+        packed = [order_for_device(fp4_layer(self.config, np.int32(i)), self.config) for i in range(self.layers)]
+        dense = [dense_layer(layer) for layer in packed]
+        mixed = [dataclasses.replace(d, kv_b_proj=p.kv_b_proj) for d, p in zip(dense, packed, strict=True)]
+        self.weights: dict[str, list[MLAWeights]] = {FP4: packed, FP4_KV_B: mixed, DENSE: dense}
 
 
-def layer_step(name: str, config: MLAConfig, weights: MLAWeights, x, entries):
-    """One layer on full caches, whose last slot the new token takes: (y, entries)."""
-    length = entries.shape[1] - 1
-    if name == "xla bf16":
-        return plain_step(weights, x, entries, length, config)
-    y, cache = mla_decode(weights, x, paged(entries, config, length), config)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a step reads and leaves as it is: the layers, the pages of every sequence, tokens that each holds."""
+
+    weights: list[MLAWeights]
+    table: Int[Array, "B M"]
+    length: Int[Array, "B"]
+
+
+def layer_step(name: str, config: MLAConfig, weights: MLAWeights, x, pages, table, length):
+    """One layer: (y, pages); for plain XLA the pages of a sequence follow each other and are taken for one array."""
+    if name == DENSE:
+        entries = pages.reshape(x.shape[0], -1, config.cache_dim)
+        y, entries = plain_step(weights, x, entries, length[0], config)
+        return y, entries.reshape(pages.shape)
+    y, cache = mla_decode(weights, x, PagedLatentCache(pages, table, length, config.kv_lora_rank), config)
     assert isinstance(cache, PagedLatentCache)
-    return y, cache.pages.reshape(entries.shape)
+    return y, cache.pages
 
 
-def whole_step(name: str, config: MLAConfig, state, weights):
+def whole_step(name: str, config: MLAConfig, state, given: Given):
     """The hidden state through all layers, each after its norm, as in a model."""
+    # Jitted, so that all layers are traced, lowered and their kernels compiled once.
+    one = jax.jit(functools.partial(layer_step, name, config))
+    ones = jnp.ones((config.hidden_size,), jnp.bfloat16)
     x, caches = state
     written = []
-    for layer, entries in zip(weights, caches, strict=True):
-        normed = rms_norm(x, jnp.ones((x.shape[-1],), x.dtype), 1e-6)
-        y, entries = layer_step(name, config, layer, normed, entries)
+    for layer, pages in zip(given.weights, caches, strict=True):
+        y, pages = one(layer, rms_norm(x, ones, EPS), pages, given.table, given.length)
         x = x + y
-        written.append(entries)
-    return rms_norm(x, jnp.ones((x.shape[-1],), x.dtype), 1e-6), written
+        written.append(pages)
+    return rms_norm(x, ones, EPS), written
 
 
-def exact_layer(config: MLAConfig, weights: MLAWeights, x, entries):
-    """The float32 layer's output for the first and the last sequence."""
-    wide = [part[np.array([0, -1])].astype(jnp.float32) for part in (x, entries)]
-    return plain_step(weights, *wide, entries.shape[1] - 1, config)[0]
+def exact_step(config: MLAConfig, weights: list[MLAWeights], x, caches, given: Given):
+    """The float32 hidden state of the first and the last sequence."""
+    ends = np.array([0, -1])
+    x, ones = x[ends].astype(jnp.float32), jnp.ones((config.hidden_size,), jnp.float32)
+    for layer, each in zip(weights, caches, strict=True):
+        entries = each[given.table[ends]].reshape(2, -1, config.cache_dim).astype(jnp.float32)
+        x = x + plain_step(layer, rms_norm(x, ones, EPS), entries, given.length[0], config)[0]
+    return rms_norm(x, ones, EPS)
 
 
 def relative_error(y, exact) -> float:
-    """Of a layer's output."""
+    """Of the hidden state after all layers."""
     exact = np.asarray(exact, np.float64)
     difference = np.asarray(y[np.array([0, -1])].astype(jnp.float32), np.float64) - exact
     return float(np.sqrt((difference**2).mean() / (exact**2).mean()))
 
 
-def measure(name: str, setting: Setting, shape: Shape, compiled, layer, exact) -> dict[str, Any]:
-    """A composition's row, gate first: its compiled step, one layer of it, and the float32 layer."""
-    heads, batch, keys = shape
-    config = setting.config
-    x = jax.random.normal(jax.random.key(batch, impl="rbg"), (batch, 1, config.hidden_size), jnp.bfloat16)
-    caches = [make_cache(config, batch, keys, layer) for layer in range(setting.layers)]
-    error = relative_error(
-        layer(setting.weights[name][0], x, caches[0])[0], exact(setting.weights["xla bf16"][0], x, caches[0])
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def random_normal(shape: tuple[int, ...], seed) -> jax.Array:
+    """bfloat16."""
+    return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.bfloat16)
+
+
+def inputs(setting: Setting, name: str, shape: Shape):
+    """The state of a step and what it is given: full caches, whose last slot the new token takes."""
+    _, batch, keys = shape
+    config, number = setting.config, batch * keys // PAGE
+    order = np.arange(number) if name == DENSE else np.random.default_rng(0).permutation(number)
+    table, length = jnp.asarray(order.reshape(batch, -1), jnp.int32), jnp.full((batch,), keys - 1, jnp.int32)
+    # Small, so that a hidden state is what the layers add to it, and its error theirs.
+    x = random_normal((batch, 1, config.hidden_size), np.int32(batch)) * jnp.bfloat16(2.0**-14)
+    caches = [random_normal((number, PAGE, config.cache_dim), np.int32(i)) for i in range(setting.layers)]
+    return (x, caches), Given(setting.weights[name], table, length)
+
+
+class Programs:
+    """What one shape needs, compiled: one after the other where XLA tries library kernels on the GPU meanwhile."""
+
+    def __init__(self, setting: Setting, shape: Shape, names: list[str], lock: Path | None = None):
+        self.seconds: dict[str, float] = {}
+        untuned: Any = {} if jax.default_backend() == "cpu" else {"xla_gpu_autotune_level": 0}
+
+        def compiled(key: str, function, *args, options: Any = None, **jit_options):
+            start = time.monotonic()
+            done = jax.jit(function, **jit_options).lower(*args).compile(compiler_options=options)
+            self.seconds[key] = round(time.monotonic() - start, 1)
+            return done
+
+        def compiled_step(name: str, options: Any = None):
+            state, given = jax.eval_shape(lambda: inputs(setting, name, shape))
+            step = functools.partial(whole_step, name, setting.config)
+            return compiled(name, step, state, given, options=options, donate_argnums=0)
+
+        def compiled_exact():
+            (x, caches), given = jax.eval_shape(lambda: inputs(setting, DENSE, shape))
+            given = dataclasses.replace(given, weights=[])
+            exact = functools.partial(exact_step, setting.config)
+            return compiled("exact", exact, setting.weights[DENSE], x, caches, given, options=untuned)
+
+        with ThreadPoolExecutor(2) as pool:  # these have no library product, or no time to lose on it
+            exact = pool.submit(compiled_exact)
+            fp4 = pool.submit(compiled_step, FP4, untuned) if FP4 in names else None
+            tuned = [name for name in names if name != FP4]
+            with turn(lock if tuned else None):
+                self.steps = {name: compiled_step(name) for name in tuned}
+            if fp4 is not None:
+                self.steps[FP4] = fp4.result()
+            self.exact = exact.result()
+
+
+def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> dict[str, Any]:
+    """A composition's times and memory, gate first."""
+    step, layers, start = programs.steps[name], setting.layers, time.monotonic()
+    (x, caches), given = inputs(setting, name, shape)
+    want = programs.exact(setting.weights[DENSE], x, caches, dataclasses.replace(given, weights=[]))
+    state = step((x, caches), given)
+    error = relative_error(state[0], want)
     if not error <= GATE:
         raise RuntimeError(f"relative error {error:.2e}, more than {GATE}; not timed.")
-    state, weights, row = (x, caches), setting.weights[name], {"relative_error": error}
+    size: Any = step.memory_analysis()
+    row: dict[str, Any] = {"relative_error": round(error, 5), "layers": layers, "compile_s": programs.seconds[name]}
+    memory = {"weights": held(given.weights) // layers, "cache": held(caches) // layers}
+    row["memory"] = memory | {"scratch": size.temp_size_in_bytes}
     if jax.default_backend() == "cpu":  # proves the bench, measures nothing
-        return row | {"loop_us": loop_us(compiled, state, weights, 2) / setting.layers}
-    seen, state = kernels(compiled, state, weights)
-    row |= {"kernel_us": round(total(seen) / setting.layers, 2), "launches": len(seen) / setting.layers}
-    row["loop_us"] = round(loop_us(compiled, state, weights) / setting.layers, 2)
-    return row | {"kernels": seen[: round(len(seen) / setting.layers)]}
+        return row | {"loop_us": loop_us(step, state, given, 2, 1)[0] / layers}
+    us, spread, state = loop_us(step, state, given)
+    row |= {"loop_us": round(us / layers, 2), "spread_us": round(spread / layers, 2)}
+    seen, state = kernels(step, state, given)
+    row |= {"kernel_us": round(total(seen) / layers, 2), "launches": len(seen) / layers}
+    text = step.as_text() or ""
+    row["stages"] = by_stage(seen, text, layers)
+    row["kernels"] = [[*kernel, stage] for kernel, stage in zip(seen, stages_of_kernels(seen, text), strict=True)]
+    return row | {"measure_s": round(time.monotonic() - start, 1)}
 
 
-def abstract_state(config: MLAConfig, shape: Shape, layers: int):
-    """The state of a step, as shapes."""
-    _, batch, keys = shape
-    entries = jax.ShapeDtypeStruct((batch, keys, config.cache_dim), jnp.bfloat16)
-    return jax.ShapeDtypeStruct((batch, 1, config.hidden_size), jnp.bfloat16), [entries] * layers
+def write(path: Path, what: dict[str, Any]) -> None:
+    """At once, for those who read it meanwhile."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(what, indent=1) + "\n")
+    part.replace(path)
 
 
-def compile_group(setting: Setting, shapes: list[Shape], names: list[str]) -> dict[tuple[Shape, str], tuple]:
-    """By shape and name the futures of the step, its layer and the float32 layer, all of them done."""
-    config, programs = setting.config, {}
-    with ThreadPoolExecutor(12) as pool:
-
-        def submit(function, *args, **options):
-            return pool.submit(lambda: jax.jit(function, **options).lower(*args).compile())
-
-        for shape in shapes:
-            x, caches = abstract_state(config, shape, setting.layers)
-            dense = setting.weights["xla bf16"][0]
-            exact = submit(functools.partial(exact_layer, config), dense, x, caches[0])
-            for name in names:
-                weights = setting.weights[name]
-                step = submit(functools.partial(whole_step, name, config), (x, caches), weights, donate_argnums=0)
-                layer = submit(functools.partial(layer_step, name, config), weights[0], x, caches[0])
-                programs[shape, name] = (step, layer, exact)
-    return programs  # compiling beside a measurement would disturb it
-
-
-def torch_rows(shapes, seconds: float) -> list[dict[str, Any]]:
-    """The rows of bench/step_torch.py, or one that says why there are none."""
-    command = [sys.executable, "-m", "bench.step_torch", *("x".join(map(str, shape)) for shape in shapes)]
+def memory_of_all_layers(*options: str, seconds: float = 90) -> dict[str, Any]:
+    """bench.step_memory's account."""
+    command = [sys.executable, "-m", "bench.step_memory", *options]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1))
-        printed, complaint = done.stdout, done.stderr if done.returncode else ""
-    except subprocess.TimeoutExpired as late:
-        printed, complaint = (late.stdout or b"").decode(), "out of time"
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return rows + ([{"name": "torch", "error": complaint.strip().splitlines()[-1]}] if complaint else [])
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
+        return {"error": f"{type(error).__name__}: {getattr(error, 'stderr', None) or error}"[-300:]}
 
 
 def main() -> None:
@@ -173,9 +232,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
+    parser.add_argument("--processes", type=int, default=1, help="that compile side by side and measure in turns")
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--shapes", help="heads x sequences x keys, as 128x32x4096,16x64x16384")
     parser.add_argument("--names", default=",".join(NAMES), help="compositions, separated by commas")
+    parser.add_argument("--ceilings", metavar="TB/S,TFLOP/S", help="as measured before; default: measure them")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
+    parser.add_argument("--memory", action="store_true", help="that of all 61 layers too (bench/step_memory.py)")
     parser.add_argument("--small", action="store_true", help="tiny layers, to prove the bench on a CPU")
     args = parser.parse_args()
     start = time.monotonic()
@@ -183,46 +246,67 @@ def main() -> None:
     if args.shapes:
         shapes = [(h, b, s) for h, b, s in (map(int, text.split("x")) for text in args.shapes.split(","))]
     names, rows, skipped = args.names.split(","), [], []
-    ceilings = measure_ceilings()
+    alone = args.processes == 1
+    torch = None if args.no_torch or args.small or not alone else TorchPeer()  # imports itself while this compiles
+    known = [float(value) for value in (args.ceilings or "").split(",") if value]
+    with turn(args.lock):
+        ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
     what = {"environment": environment.describe(args.commit), "ceilings": ceilings, "rows": rows, "not_run": skipped}
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(*new: dict[str, Any]) -> None:
-        for row in new:
-            rows.append(row)
-            shown = {key: value for key, value in row.items() if key not in ("kernels", "floors")}
-            print(f"{time.monotonic() - start:5.1f} s", shown, flush=True)
-        args.out.write_text(json.dumps(what, indent=1) + "\n")
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        shown = {key: value for key, value in row.items() if key not in ("kernels", "floors")}
+        print(f"{time.monotonic() - start:5.1f} s", shown, flush=True)
+        write(args.out, what)
 
-    def late() -> bool:
-        return time.monotonic() - start > args.seconds
+    print(f"{time.monotonic() - start:5.1f} s", ceilings, flush=True)
+    if not alone:
 
-    print(ceilings, flush=True)
-    if not args.no_torch and not args.small:
-        add(*torch_rows(shapes[:8], args.seconds / 3))
-    for heads in dict.fromkeys(shape[0] for shape in shapes):
-        mine = [shape for shape in shapes if shape[0] == heads]
-        setting = None if late() else Setting(heads, small=args.small)
-        for first in range(0, len(mine), GROUP):
-            group = mine[first : first + GROUP]
-            if setting is None or late():
-                skipped += [[name, shape] for shape in group for name in names]
-                continue
-            for (shape, name), programs in compile_group(setting, group, names).items():
-                row = dict(zip(("heads", "batch", "keys"), shape, strict=True)) | {"name": name}
-                if late():
-                    skipped.append([name, shape])
-                    continue
-                try:
-                    bound = floors(setting.config, setting.weights[name][0], shape, ceilings)
-                    row |= measure(name, setting, shape, *(program.result() for program in programs))
-                    row |= {"floor_us": round(sum(part["us"] for part in bound.values()), 2), "floors": bound}
-                    if name == "fp4" and jax.default_backend() != "cpu":
-                        row["parts"] = measure_parts(setting.config, setting.weights[name][0], shape)
-                except Exception as error:  # one failure must not hide the other rows
-                    row |= {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-                add(row)
-    add()
+        def take(found: list[dict[str, Any]], left: list[Any]) -> None:
+            rows[:], skipped[:] = found, left
+            write(args.out, what)
+
+        values = {"--ceilings": ",".join(map(str, ceilings.values())), "--names": args.names}
+        values["--seconds"] = str(args.seconds - (time.monotonic() - start))
+        flags = [f"--{name}" for name in ("no-torch", "small") if getattr(args, name.replace("-", "_"))]
+        run_parts(deal(shapes, args.processes), [*itertools.chain(*values.items()), *flags], args.lock, take)
+        return
+    settings: dict[int, Setting] = {}
+    for shape in shapes:
+        if time.monotonic() - start > args.seconds:
+            skipped.append(shape)
+            continue
+        where = dict(zip(("heads", "batch", "keys"), shape, strict=True))
+        try:
+            if shape[0] not in settings:
+                settings[shape[0]] = Setting(shape[0], small=args.small)
+                print(f"{time.monotonic() - start:5.1f} s layers of {shape[0]} heads", flush=True)
+            setting = settings[shape[0]]
+            programs = Programs(setting, shape, names, args.lock)
+        except Exception as error:  # one failure must not hide the other rows
+            add(where | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+            continue
+        for name in names:
+            row = where | {"name": name}
+            try:
+                with turn(args.lock):
+                    row |= measure(name, setting, shape, programs)
+                bound = floors(setting.config, setting.weights[name][0], shape, ceilings)
+                row |= {"floor_us": round(sum(stage["us"] for stage in bound.values()), 2), "floors": bound}
+            except Exception as error:
+                row |= {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+            add(row)
+        if torch is not None:
+            with turn(args.lock):
+                row = torch.measure(shape)
+            add({"name": "torch"} | where | row)
+    if torch is not None:
+        torch.close()
+    if args.memory:
+        what["memory"] = memory_of_all_layers(*(["--small"] if args.small else []))
+        print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
+    write(args.out, what)
     if skipped:
         print("not run:", skipped)
 

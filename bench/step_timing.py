@@ -12,12 +12,12 @@ import jax.numpy as jnp
 class _Calls:
     """Something the profiler calls as it is, instead of jitting it; it has the methods of a jitted function."""
 
-    def __init__(self, run, state, weights, calls: int):
-        self.run, self.state, self.weights, self.calls = run, state, weights, calls
+    def __init__(self, run, state, given, calls: int):
+        self.run, self.state, self.given, self.calls = run, state, given, calls
 
     def __call__(self):
         for _ in range(self.calls):
-            self.state = self.run(self.state, self.weights)
+            self.state = self.run(self.state, self.given)
         return jax.tree.leaves(self.state)[0]
 
     def trace(self):
@@ -26,11 +26,11 @@ class _Calls:
     lower = trace
 
 
-def kernels(run, state, weights, calls: int = 6):
-    """(kernels of a call as (name, median us), the state after): run is (state, weights) -> state, state donated."""
+def kernels(run, state, given, calls: int = 6):
+    """(kernels of a call as (name, median us), the state after): run is (state, given) -> state, state donated."""
     from jax.experimental.mosaic.gpu import profiler
 
-    again = _Calls(run, state, weights, calls)
+    again = _Calls(run, state, given, calls)
     _, seen = profiler.measure(again, aggregate=False)()
     seen = [(kernel, 1e3 * ms) for kernel, ms in seen or ()]
     per_call, rest = divmod(len(seen), calls)
@@ -40,20 +40,32 @@ def kernels(run, state, weights, calls: int = 6):
     return [(each[0][0][:60], round(statistics.median(us for _, us in each), 3)) for each in by_kernel], again.state
 
 
-def loop_us(run, state, weights, repeats: int = 20) -> float:
-    """Wall time of a call, microseconds."""
+def loop_us(run, state, given, calls: int = 20, rounds: int = 5):
+    """(median wall time of a call in a loop of so many, spread of the rounds, the state after); microseconds."""
     for _ in range(3):
-        state = run(state, weights)
+        state = run(state, given)
     jax.block_until_ready(state)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        state = run(state, weights)
-    jax.block_until_ready(state)
-    return (time.perf_counter() - start) / repeats * 1e6
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            state = run(state, given)
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(times), max(times) - min(times), state
 
 
-def total(parts) -> float:
-    return sum(us for _, us in parts)
+def total(seen) -> float:
+    """Of kernels' times."""
+    return sum(us for _, us in seen)
+
+
+def held(tree) -> int:
+    """Bytes of arrays; a float4 element takes half of one."""
+    leaves = jax.tree.leaves(tree)
+    return (
+        sum((4 if leaf.dtype == jnp.float4_e2m1fn else 8 * leaf.dtype.itemsize) * leaf.size for leaf in leaves) // 8
+    )
 
 
 def measure_ceilings() -> dict[str, float]:
@@ -62,8 +74,8 @@ def measure_ceilings() -> dict[str, float]:
         return {"tb_per_s": 3.0, "tflops": 750.0}
     data, square = jnp.ones((1 << 29,), jnp.bfloat16), jnp.ones((8192, 8192), jnp.bfloat16)
 
-    def best(step, state, weights):
-        seen, _ = kernels(jax.jit(step, donate_argnums=0), state, weights, 5)
+    def best(step, state, given):
+        seen, _ = kernels(jax.jit(step, donate_argnums=0), state, given, 5)
         return total(seen)
 
     read = best(lambda s, d: s + jnp.max(d.astype(jnp.float32)), jnp.zeros(()), data)

@@ -1,6 +1,7 @@
 """The decode step of bench.step as an engine composes it: cuBLAS bf16 linears, bmm and FlashMLA in one CUDA graph.
 
     python -m bench.step_torch 128x32x4096 ...      heads x sequences x keys; prints one JSON object a line
+    python -m bench.step_torch -                    the same for each line of standard input, as it comes
 
 A process of its own; needs torch, and the wheel tokenspeed-flashmla for the attention, without which there is no
 step. Norms, rotation and the cache write are torch's own kernels, as few as plain torch allows: engines fuse them.
@@ -92,17 +93,25 @@ def measure(heads: int, batch: int, keys: int) -> dict[str, object]:
         torch.cuda.synchronize()
     seen = profile.key_averages()
     return {
-        "name": "torch",
-        "heads": heads,
-        "batch": batch,
-        "keys": keys,
         "graph_us": round(sorted(times)[7], 2),
         "kernel_us": round(sum(event.self_device_time_total for event in seen) / len(layers), 2),
         "launches": sum(event.count for event in seen) / len(layers),
     }
 
 
+def main() -> None:
+    """A row for every shape."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    shapes = sys.stdin if sys.argv[1:] == ["-"] else [text for text in sys.argv[1:] if "x" in text]
+    for text in shapes:
+        try:
+            row = measure(*map(int, text.strip().split("x")))
+        except Exception as error:  # one failure must not hide the other rows
+            row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        torch.cuda.empty_cache()  # the memory is the other process's again
+        print(json.dumps(row), flush=True)
+
+
 if __name__ == "__main__":
-    for text in sys.argv[1:]:
-        if "x" in text:
-            print(json.dumps(measure(*map(int, text.split("x")))), flush=True)
+    main()

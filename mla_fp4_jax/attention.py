@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_fp4_jax.cache import Cache, PagedLatentCache
+from mla_fp4_jax.cache import Cache, PagedLatentCache, numbers
 from mla_fp4_jax.einsum import einsum_f32
 
 KEY_BLOCK = 512
@@ -44,7 +44,7 @@ def absorbed_attention(
     rank = cache.kv_lora_rank
 
     def keys_values(entries):
-        entries = entries.astype(q.dtype)
+        entries = numbers(entries, cache, q.dtype)
         return entries, entries[..., :rank]
 
     return _blockwise(q, cache, visible, scale, keys_values, rank)
@@ -76,7 +76,7 @@ def expanded_attention(
     rank = cache.kv_lora_rank
 
     def keys_values(entries):
-        entries = entries.astype(q.dtype)
+        entries = numbers(entries, cache, q.dtype)
         expanded = kv_b_proj(entries[..., :rank])
         k_rope = jnp.broadcast_to(entries[:, :, None, rank:], (*expanded.shape[:3], entries.shape[-1] - rank))
         return jnp.concatenate([expanded[..., :qk_nope_head_dim], k_rope], -1), expanded[..., qk_nope_head_dim:]

@@ -168,17 +168,18 @@ class FP4Array:
 
     def fragment_order_why_not(self, key_rows: int = 0) -> str | None:
         """Why in_fragment_order would refuse, or None. Reads the scales, so they must be concrete."""
-        if self.format != "mxfp4":
-            return f"only MXFP4 has one; this is {self.format}."
         reason = fragments.unsupported(_by_head(self.shape), self.group_size, FragmentOrder(key_rows))
         if reason is not None or self.size == 0:
             return reason
+        group, largest_allowed = fragments.GROUPS[self.format], fragments.MAX_SCALE_BYTES[self.format]
+        if self.group_size != group:
+            return f"groups of {self.format} must be of {group} columns; got {self.group_size}."
         with jax.ensure_compile_time_eval():  # a constant within jit is as well known
             largest = int(jnp.max(self.scales))
-        if largest > fragments.MAX_SCALE_BYTE:
+        if largest > largest_allowed:
+            scale = 2.0 ** (largest_allowed - 127) if self.format == "mxfp4" else 448.0
             return (
-                f"its kernels take scale bytes up to {fragments.MAX_SCALE_BYTE}, a scale of "
-                f"{2.0 ** (fragments.MAX_SCALE_BYTE - 127)}; the largest is {largest}."
+                f"its kernels take scale bytes up to {largest_allowed}, a scale of {scale}; the largest is {largest}."
             )
         return None
 
@@ -239,6 +240,8 @@ class FP4Array:
         NVFP4: e2m1 * (scale * global_scale), or e2m1 * (scale / global_divisor), in float32 and in this order, which
         is that of torchao, ModelOpt and compressed-tensors: bit for bit theirs. Then one rounding to `dtype`.
         """
+        if self.order is not None:
+            return self.in_checkpoint_order().dequantize(dtype)
         if self.global_scale is None:
             return self.without_global_scale(dtype)
         # A power of two taken from the elements and given to the scales, lest their product be flushed as subnormal.

@@ -27,8 +27,12 @@ from mla_fp4_jax.cache import Cache
 from mla_fp4_jax.config import MLAConfig
 from mla_fp4_jax.fp4_array import FP4Array
 from mla_fp4_jax.ops.dense import fp4_dense
+from mla_fp4_jax.ops.implementations import XLA
+from mla_fp4_jax.ops.latent_query import latent_query
+from mla_fp4_jax.ops.linear_pair import fp4_linear_pair
 from mla_fp4_jax.ops.mla_decode import mla_decode as latent_attention
 from mla_fp4_jax.ops.mla_prefill import mla_prefill_attention
+from mla_fp4_jax.ops.norm_rope_write import Columns, norm_rope_write
 from mla_fp4_jax.projections import expand_kv_b, k_up_proj, linear, v_up_proj
 from mla_fp4_jax.shard import WHOLE, Shard
 from mla_fp4_jax.sharding import MLASharding
@@ -102,12 +106,13 @@ def _prefill(
     implementation: str | None,
     attention_implementation: str | None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
-    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation)
+    # The write's kernel has no gradient, which prefill must have.
+    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation, XLA)
     kv_b_proj = weights.kv_b_proj
     if isinstance(kv_b_proj, FP4Array) and kv_b_proj.format == "mxfp4" and implementation in (None, "mosaic_gpu"):
         # Decoded once for all blocks of latents: exact, and gone when prefill is. A library's matmul does the rest.
         kv_b_proj = fp4_dense(kv_b_proj, dtype)
-    q = jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope], axis=-1)
+    q = jnp.concatenate([step.q[..., : config.qk_nope_head_dim], step.q_rope(config)], axis=-1)
 
     def attend(cache: Cache, visible: Int[Array, "B T"]):
         return mla_prefill_attention(
@@ -169,10 +174,11 @@ def _decode(
     implementation: str | None,
     attention_implementation: str | None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
-    step = _begin(shard, weights, x, cache, config, positions, active, dtype, implementation)
-    q_latent = k_up_proj(step.q, weights.kv_b_proj, config.qk_nope_head_dim, implementation=implementation)
+    step = _begin(
+        shard, weights, x, cache, config, positions, active, dtype, implementation, attention_implementation
+    )
+    q = _latent_query(step, weights.kv_b_proj, config, implementation)
     with jax.named_scope("mla/attention"):
-        q = jnp.concatenate([q_latent, step.q_rope], axis=-1)
 
         def attend(cache: Cache, visible: Int[Array, "B T"]):
             return latent_attention(
@@ -189,14 +195,34 @@ def _decode(
     return _finish(shard, weights, heads, step, implementation)
 
 
+def _latent_query(
+    step: _Step, kv_b_proj: jax.Array | FP4Array, config: MLAConfig, implementation: str | None
+) -> Float[Array, "B T H LR"]:
+    """[q_nope W_K | rotated q_pe]."""
+    nope = config.qk_nope_head_dim
+    if isinstance(kv_b_proj, FP4Array):
+        with jax.named_scope("mla/k_up_proj"):
+            static = {"interleaved": config.rope_interleave, "implementation": implementation}
+            return latent_query(step.q, kv_b_proj, step.cos, step.sin, nope, **static)
+    q_latent = k_up_proj(step.q, kv_b_proj, nope, implementation=implementation)
+    with jax.named_scope("mla/attention"):
+        return jnp.concatenate([q_latent, step.q_rope(config)], axis=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """What prefill and decode share between the projections in and the projection out."""
 
-    q: Float[Array, "B T H PR"]  # its last R columns are not rotated: q_rope holds those
-    q_rope: Float[Array, "B T H R"]
+    q: Float[Array, "B T H PR"]  # its last R columns are not rotated yet
+    cos: Float[Array, "B T half_R"]
+    sin: Float[Array, "B T half_R"]
     cache: Cache
     visible: Int[Array, "B T"]
+
+    def q_rope(self, config: MLAConfig) -> Float[Array, "B T H R"]:
+        """Those columns, rotated."""
+        not_yet, cos, sin = self.q[..., config.qk_nope_head_dim :], self.cos[:, :, None], self.sin[:, :, None]
+        return rope.rotate(not_yet, cos, sin, interleaved=config.rope_interleave)
 
 
 def _begin(
@@ -209,46 +235,64 @@ def _begin(
     active: Bool[Array, "B T"],
     dtype: DTypeLike,
     implementation: str | None,
+    write_implementation: str | None,
 ) -> _Step:
     x = x.astype(dtype)
     slots = cache.length[:, None] + jnp.cumsum(active, axis=1, dtype=jnp.int32) - 1
     if positions is None:
         positions = jnp.maximum(slots, 0)
     cos, sin = rope.cos_sin(config.rope, config.qk_rope_head_dim, positions)
-
-    with jax.named_scope("mla/q_proj"):
-        q = _queries(weights, x, config, implementation)
-        if config.rope.llama_4_scaling_beta:
-            q = (q.astype(jnp.float32) * rope.query_scale(config.rope, positions)[..., None, None]).astype(q.dtype)
-        q_rope = rope.rotate(
-            q[..., config.qk_nope_head_dim :],
-            cos[:, :, None],
-            sin[:, :, None],
-            interleaved=config.rope_interleave,
-        )
-    with jax.named_scope("mla/kv_a_proj"):
-        kv = linear(x, weights.kv_a_proj_with_mqa, weights.kv_a_proj_bias, implementation=implementation)
+    low, kv = _first_projections(weights, x, config, implementation, pair=write_implementation != XLA)
+    with jax.named_scope("mla/norm_rope_write"):
+        here, length = shard.write_slots(cache, active)
         gain = weights.kv_a_layernorm
         if config.latent_scale != 1.0:
             gain = gain.astype(jnp.float32) * config.latent_scale
-        latent = rms_norm(kv[..., : config.kv_lora_rank], gain, config.layernorm_eps)
-        k_rope = rope.rotate(kv[..., config.kv_lora_rank :], cos, sin, interleaved=config.rope_interleave)
-        cache = shard.append(cache, jnp.concatenate([latent, k_rope], axis=-1), active)
+        low, cache = norm_rope_write(
+            low,
+            kv,
+            cache,
+            here,
+            cos,
+            sin,
+            low_gain=weights.q_a_layernorm,
+            kv_gain=gain,
+            eps=config.layernorm_eps,
+            interleaved=config.rope_interleave,
+            implementation=write_implementation,
+        )
+        cache = dataclasses.replace(cache, length=length)
+    with jax.named_scope("mla/q_proj"):
+        if low is None:
+            q = linear(x, _given(weights.q_proj, "q_proj"), implementation=implementation)
+        else:
+            q = linear(low, _given(weights.q_b_proj, "q_b_proj"), implementation=implementation)
+        q = q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        if config.rope.llama_4_scaling_beta:
+            q = (q.astype(jnp.float32) * rope.query_scale(config.rope, positions)[..., None, None]).astype(q.dtype)
     visible = jnp.where(active & (slots < shard.capacity(cache)), slots + 1, 0)
-    return _Step(q, q_rope, cache, visible)
+    return _Step(q, cos, sin, cache, visible)
 
 
-def _queries(
-    weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None
-) -> Float[Array, "B T H PR"]:
-    if config.q_lora_rank is None:
-        q = linear(x, _given(weights.q_proj, "q_proj"), implementation=implementation)
-    else:
+def _first_projections(
+    weights: MLAWeights, x: Float[Array, "B T E"], config: MLAConfig, implementation: str | None, *, pair: bool
+) -> tuple[Columns | None, Columns]:
+    """What is projected from x: the query's latent, where it has one; latent and rope key. With `pair` at once."""
+    kv_a_proj, low = weights.kv_a_proj_with_mqa, None
+    if config.q_lora_rank is not None:
         q_a_proj = _given(weights.q_a_proj, "q_a_proj")
-        low = linear(x, q_a_proj, weights.q_a_proj_bias, implementation=implementation)
-        low = rms_norm(low, _given(weights.q_a_layernorm, "q_a_layernorm"), config.layernorm_eps)
-        q = linear(low, _given(weights.q_b_proj, "q_b_proj"), implementation=implementation)
-    return q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        unbiased = weights.q_a_proj_bias is None and weights.kv_a_proj_bias is None
+        if pair and unbiased and isinstance(q_a_proj, FP4Array) and isinstance(kv_a_proj, FP4Array):
+            with jax.named_scope("mla/qkv_a_proj"):
+                both = fp4_linear_pair(x, q_a_proj, kv_a_proj, implementation=implementation)
+            if both is not None:
+                low = Columns(both, 0, config.q_lora_rank)
+                return low, Columns(both, config.q_lora_rank, config.cache_dim)
+        with jax.named_scope("mla/q_a_proj"):
+            low = Columns.all_of(linear(x, q_a_proj, weights.q_a_proj_bias, implementation=implementation))
+    with jax.named_scope("mla/kv_a_proj"):
+        kv = linear(x, kv_a_proj, weights.kv_a_proj_bias, implementation=implementation)
+    return low, Columns.all_of(kv)
 
 
 def _finish(
@@ -264,13 +308,6 @@ def _finish(
                 bias = weights.o_proj_bias.astype(jnp.float32).reshape(1, 1, -1)
                 y = (y.astype(jnp.float32) + bias).astype(y.dtype)
     return jnp.where((step.visible > 0)[..., None], y, jnp.zeros((), y.dtype)), step.cache
-
-
-def rms_norm(x: Float[Array, "*batch D"], gain: Float[Array, "D"], eps: float) -> Float[Array, "*batch D"]:
-    """g * x / sqrt(mean(x^2) + eps), computed in float32 and rounded once to x's dtype."""
-    wide = x.astype(jnp.float32)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (scaled * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + gain.shape)).astype(x.dtype)
 
 
 def _active(

@@ -29,7 +29,8 @@ def order_for_device(
     """Weights with kv_b_proj in fragment order, if the Mosaic GPU kernels can run here and can hold it.
 
     The same bytes in another order, still one copy: `weights.kv_b_proj.to_packed()` gives the checkpoint's back.
-    Weights they cannot hold (other sizes, NVFP4, a scale above 2) stay as they are and take another implementation.
+    Weights they cannot hold (other sizes, a scale above 2) stay as they are and take another implementation, and so
+    do linears in NVFP4, for which there is no such kernel.
 
     Args:
         weights: concrete arrays; within a trace, where scales cannot be looked at, they stay as they are.
@@ -42,7 +43,7 @@ def order_for_device(
     changed = {"kv_b_proj": _ready(weights.kv_b_proj, "kv_b_proj", config.qk_nope_head_dim, sharding)}
     for field in LINEARS:
         w = getattr(weights, field)
-        if not isinstance(w, FP4Array):
+        if not isinstance(w, FP4Array) or w.format != "mxfp4":
             continue
         shape = _on_a_device(w, field, sharding)
         if fp4_linear_mosaic_gpu.unsupported((1, shape[1]), shape) is None:
@@ -84,4 +85,6 @@ def ordered(w: FP4Array, field: str, key_rows: int, sharding: MLASharding | None
     local = functools.partial(to_fragment_order, order=one)
     run = jax.jit(jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False))
     parts = sharding.size("heads") if field == "o_proj" else 1
-    return dataclasses.replace(run(w), order=FragmentOrder(key_rows, parts))
+    split = dataclasses.replace(w, global_scale=None, global_divisor=None)  # scalars are not split
+    moved = run(split)
+    return dataclasses.replace(w, codes=moved.codes, scales=moved.scales, order=FragmentOrder(key_rows, parts))

@@ -110,6 +110,7 @@ class MLAAttention(nnx.Module):
         page_size: int | None = None,
         num_pages: int | None = None,
         dtype: DTypeLike | None = None,
+        entries_scale: float = 1.0,
     ) -> Cache:
         """An empty cache for this layer, in its dtype unless another is given; see cache.init_cache."""
         return caches.init_cache(
@@ -119,6 +120,7 @@ class MLAAttention(nnx.Module):
             dtype=self.dtype if dtype is None else dtype,
             page_size=page_size,
             num_pages=num_pages,
+            entries_scale=entries_scale,
             sharding=self.sharding,
         )
 

@@ -30,15 +30,18 @@ class Shard:
         """Tokens a sequence can hold on all devices together."""
         return cache.capacity * (_size(self.context) if self.context else 1)
 
-    def append(self, cache: Cache, entries: Float[Array, "B T LR"], active: Bool[Array, "B T"]) -> Cache:
-        """Cache.append, of the tokens whose slots are here; the length counts all."""
+    def write_slots(self, cache: Cache, active: Bool[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+        """Where active tokens go in this device's cache, its capacity for those not here; and the new length.
+
+        They go after those that are held; the length counts those of all devices.
+        """
+        capacity = self.capacity(cache)
+        slots, length = token_slots(cache.length, active, capacity), new_length(cache.length, active, capacity)
         if not self.context:
-            return cache.append(entries, active)
-        size, index, capacity = _size(self.context), jax.lax.axis_index(self.context), self.capacity(cache)
-        slots = token_slots(cache.length, active, capacity)
+            return slots, length
+        size, index = _size(self.context), jax.lax.axis_index(self.context)
         here = (slots % size == index) & (slots < capacity)
-        cache_written = cache.write(entries, jnp.where(here, slots // size, cache.capacity))
-        return dataclasses.replace(cache_written, length=new_length(cache.length, active, capacity))
+        return jnp.where(here, slots // size, cache.capacity), length
 
     def attend(self, attention: Attention, cache: Cache, visible: Int[Array, "B T"]) -> Float[Array, "B T H W"]:
         """This device's addend of the attention over all slots; over context the addends sum to the whole.

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels import fp4_bmm_rope
 from pallas_kernels.backend import target_gpu
+from pallas_kernels.fp4_bmm_rope import Rope
 from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes
 from pallas_kernels.fp4_bmm_wgmma import program
-from pallas_kernels.fragments import BLOCK, FragmentOrder
+from pallas_kernels.fragments import BLOCK, GROUP, FragmentOrder
 from pallas_kernels.tuned import tuned_config
 
 NAME = "fp4_bmm_mosaic_gpu"  # in the tuned tables
@@ -24,29 +26,35 @@ _SMS = 128  # of a Hopper GPU, about: one CTA each for DeepSeek-V3's 128 heads
 
 
 # Jitted, so that a program of many equal calls lowers one.
-@functools.partial(jax.jit, static_argnames=("order", "contract", "rows", "x_columns", "config"))
+@functools.partial(jax.jit, static_argnames=("order", "contract", "rows", "x_columns", "config", "rope"))
 def fp4_bmm_mosaic_gpu(
     x: Float[Array, "B H X"],
     codes: UInt8[Array, "H N half"],
     scales: UInt8[Array, "H N groups"],
     order: FragmentOrder,
+    global_scale: Float[Array, ""] | None = None,
+    cos_sin: tuple[Float[Array, "B half_R"], Float[Array, "B half_R"]] | None = None,
     *,
     contract: str,
     rows: tuple[int, int],
     x_columns: tuple[int, int],
     config: Config | None = None,
+    rope: Rope | None = None,
 ) -> Float[Array, "B H out"]:
     """out[b, h] = x[b, h, x0 :] times the head's key rows ("rows": over them) or its others ("columns": over C).
 
     Args:
         x: bfloat16.
         codes: packed bytes in fragment order.
-        scales: scale bytes likewise, none above 128.
+        scales: scale bytes likewise, e8m0 up to 128 where they are C / 32 a row, e4m3 from 0 to 448 where C / 16.
         order: where the key rows end.
+        global_scale: float32, of NVFP4 alone; None for 1. It multiplies the accumulator.
+        cos_sin: float32, with rope.
         contract: "rows" or "columns".
         rows: (first, number): exactly the key rows for "rows", exactly the others for "columns".
         x_columns: (first, number) of x's columns to use.
         config: None for best_config.
+        rope: x's columns after those, rotated, become the output's last; see fp4_bmm_rope.
 
     Returns:
         bfloat16.
@@ -55,28 +63,40 @@ def fp4_bmm_mosaic_gpu(
         NotImplementedError: see unsupported.
         ValueError: the config does not fit.
     """
-    reason = unsupported(x, codes, order, contract=contract, rows=rows, x_columns=x_columns)
+    reason = unsupported(x, codes, order, contract=contract, rows=rows, x_columns=x_columns, rope=rope)
     if reason is not None:
         raise NotImplementedError(f"fp4_bmm_mosaic_gpu: {reason}")
-    batch, heads, width = x.shape
+    batch, heads, _ = x.shape
     problem = problem_of(x, codes, scales, order, contract, x_columns[0])
+    width = problem.outputs + (0 if rope is None else rope.columns)
     if batch == 0:
-        return jnp.zeros((0, heads, problem.outputs), jnp.bfloat16)
+        return jnp.zeros((0, heads, width), jnp.bfloat16)
     config = best_config(problem) if config is None else config
     check_config(problem, config)
+    more = list(cos_sin or ())
+    if problem.group != GROUP:
+        more.insert(0, jnp.ones(1, jnp.float32) if global_scale is None else global_scale.reshape(1))
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
     return mosaic_kernel(
-        functools.partial(program, problem, config),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, problem.outputs), jnp.bfloat16),
+        functools.partial(program, problem, config, rope),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, width), jnp.bfloat16),
         grid=grid(problem, config),
         warpgroups=config.warpgroups,
         shared_memory_bytes=shared_memory_bytes(problem, config),
-    )(x, codes, scales)
+        optional=len(more),
+    )(x, codes, scales, *more)
 
 
 def unsupported(
-    x, codes, order: FragmentOrder, *, contract: str, rows: tuple[int, int], x_columns: tuple[int, int]
+    x,
+    codes,
+    order: FragmentOrder,
+    *,
+    contract: str,
+    rows: tuple[int, int],
+    x_columns: tuple[int, int],
+    rope: Rope | None = None,
 ) -> str | None:
     """Why this kernel cannot take these operands (arrays or anything with shape and dtype), or None."""
     if x.dtype != jnp.bfloat16:
@@ -88,6 +108,13 @@ def unsupported(
     if x.shape[2] % _VECTOR or x_columns[0] % _VECTOR:
         return f"x's width and first column must be multiples of {_VECTOR}; got {x.shape[2]} and {x_columns[0]}."
     outputs = 2 * codes.shape[2] if contract == "rows" else whole[1]
+    if rope is not None:
+        if sum(x_columns) + rope.columns > x.shape[2]:
+            return f"x must hold {rope.columns} columns to rotate after those multiplied; got {x.shape[2]} in all."
+        reason = fp4_bmm_rope.unsupported(rope)
+        if reason is not None:
+            return reason
+        outputs += rope.columns
     if whole[1] == 0:
         return "there are no such rows."
     for name, size in (("x", math.prod(x.shape)), ("the output", math.prod(x.shape[:2]) * outputs)):
@@ -115,6 +142,7 @@ def problem_of(x, codes, scales, order: FragmentOrder, contract: str, first_x: i
         first_code_byte=0 if transposed else split * half,
         head_scale_bytes=total * scales.shape[2],
         first_scale_byte=0 if transposed else split * scales.shape[2],
+        group=columns // scales.shape[2],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.fragments import BLOCK
+from pallas_kernels.fragments import BLOCK, GROUP
 
 SLAB_BYTES = 128  # 64 bfloat16: the row of a 128-byte swizzle
 ALIGNMENT = 1024  # of a swizzled matrix, bytes: eight rows
@@ -23,6 +23,8 @@ class Config:
         slots: token tiles of x in shared memory at once.
         accumulators: sets of accumulator registers; with more than one, stores overlap the next tile's products.
         delay: x of tiles after the first is asked for once so many 64-k blocks of weights have arrived.
+        evict_first: "x" or "out" where that shall leave the L2 cache before anything else, so that the rest of
+            operands that do not fit can stay; "" for neither.
     """
 
     tokens: int
@@ -32,6 +34,7 @@ class Config:
     slots: int = 1
     accumulators: int = 1
     delay: int = 0
+    evict_first: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Problem:
         x_width, first_x: x is [B, H, x_width] and used from column first_x on.
         head_code_bytes, first_code_byte: of a head's codes, and where the used ones begin in it.
         head_scale_bytes, first_scale_byte: likewise.
+        group: weights to a scale: 32 of MXFP4, 16 of NVFP4.
     """
 
     transposed: bool
@@ -59,6 +63,7 @@ class Problem:
     first_code_byte: int
     head_scale_bytes: int
     first_scale_byte: int
+    group: int = GROUP
 
 
 def grid(problem: Problem, config: Config) -> int:
@@ -84,6 +89,7 @@ def check_config(problem: Problem, config: Config) -> None:
         "a ring of slots must hold one more tile than accumulators": c.slots == c.token_tiles
         or c.slots > c.accumulators,
         "several tiles must come with all token tiles in slots": c.tiles == 1 or c.slots == c.token_tiles,
+        'evict_first must be "", "x" or "out"': c.evict_first in ("", "x", "out"),
         "shared memory must hold at most 227 KiB": shared_memory_bytes(problem, c) <= SHARED_MEMORY_BYTES,
     }
     for rule, holds in rules.items():

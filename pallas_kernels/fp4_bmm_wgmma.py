@@ -14,8 +14,19 @@ accumulator. A row's result does not depend, bit for bit, on the batch that it s
 
 from __future__ import annotations
 
+import functools
+
+from pallas_kernels.fp4_bmm_rope import Rope, rotate
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES, Config, Problem, box_bytes, grid, slot_bytes
-from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
+from pallas_kernels.fp4_fragment_ptx import (
+    E4M3_UNIT,
+    Constants,
+    bias_scales,
+    decode_word,
+    e4m3_pair,
+    multiply,
+    scale_pair,
+)
 from pallas_kernels.fragments import BLOCK, GROUP
 from pallas_kernels.ptx import Ptx, vector
 
@@ -25,18 +36,24 @@ _ALL = 1  # named barrier of the whole CTA (Mosaic has 0); 2 .. warpgroups + 1 a
 _DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
-def program(problem: Problem, config: Config) -> str:
-    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
-    return _Kernel(problem, config).emit()
+def program(problem: Problem, config: Config, rope: Rope | None = None) -> str:
+    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
+
+    Then, where there are such, NVFP4's global scale, and with rope cos and sin; out has the rotated columns after the
+    outputs.
+    """
+    return _Kernel(problem, config, rope).emit()
 
 
 class _Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
-    def __init__(self, problem: Problem, config: Config):
-        self.p, self.c, self.ptx = problem, config, Ptx()
+    def __init__(self, problem: Problem, config: Config, rope: Rope | None = None):
+        self.p, self.c, self.ptx, self.rope = problem, config, Ptx(), rope
+        self.out_width = problem.outputs + (0 if rope is None else rope.columns)
         self.blocks = problem.contraction // BLOCK  # 64-k blocks, also slabs of x
         self.k_steps = problem.contraction // 16
+        self.nvfp4 = problem.group != GROUP
         self.committed: list[int] = []  # token tiles in the order of their cp.async groups; -1 for an empty group
 
     def emit(self) -> str:
@@ -48,7 +65,12 @@ class _Kernel:
         for tile in range(prologue):
             self._load_x(tile)
         self._hold_loads()
+        if self.rope is not None:
+            place = {"thread": self.thread, "tile": self.tile, "token": self.token, "head": self.head}
+            rotate(self.ptx, self.rope, self.p, self.c, place, ("$6", "$7") if self.nvfp4 else ("$5", "$6"))
         self._multiply()
+        end = self.ptx.label("end")
+        self.ptx(f"bra.uni {end};", f"{self.lost}:", "trap;", f"{end}:")
         return self.ptx.text()
 
     def _hold_loads(self) -> None:
@@ -64,6 +86,21 @@ class _Kernel:
             f"bar.red.popc.u32 {none}, {_ALL}, {self._threads()}, {self.pred};",
         )
         self.constants = Constants(self.ptx, none)
+        self.never, self.lost = self.ptx.reg("never", "pred"), self.ptx.label("lost")
+        self.ptx(f"setp.ne.u32 {self.never}, {none}, 0;")
+
+    def _wall(self) -> None:
+        """Have nothing below decoded before what is above is under way.
+
+        ptxas would: decoding depends on nothing but its loads, and the first products, placed behind it, would wait
+        for the last weights. A branch ends what it reorders; this one is never taken, which, again, only we know.
+        """
+        again = self.ptx.reg("again")
+        self.ptx(
+            f"vote.sync.ballot.b32 {again}, {self.never}, 0xffffffff;",
+            f"setp.ne.u32 {self.never}, {again}, 0;",
+            f"@{self.never} bra.uni {self.lost};",
+        )
 
     def _indices(self) -> None:
         """This thread's place in the grid: head, first output tile, first token; in the warpgroup: w, g, t."""
@@ -74,6 +111,9 @@ class _Kernel:
         self.tmp, self.tmp2 = ptx.regs("tmp", 2)
         self.wide = ptx.reg("wide", "b64")
         self.pred, self.fits = ptx.reg("pred", "pred"), ptx.reg("fits", "pred")
+        self.policy = ptx.reg("policy", "b64")
+        if c.evict_first:
+            ptx(f"createpolicy.fractional.L2::evict_first.b64 {self.policy}, 1.0;")
         parts = p.outputs // (BLOCK * c.warpgroups * c.tiles)
         ptx(
             f"mov.u32 {self.tid}, %tid.x;",
@@ -93,10 +133,21 @@ class _Kernel:
             f"mul.lo.u32 {self.tile}, {self.tile}, {c.tiles};",
         )
 
+    def _hint(self, operand: str) -> str:
+        """Of an instruction that reads or writes an operand; the last of its own operands is _policy."""
+        return ".L2::cache_hint" if self.c.evict_first == operand else ""
+
+    def _policy(self, operand: str) -> str:
+        return f", {self.policy}" if self.c.evict_first == operand else ""
+
     def _load_weights(self) -> None:
         """Ask for every byte of weights and scales that this thread will use; see _hold_loads."""
+        self._load_scales()  # first: no weight can be decoded without
+        self._load_codes()
+
+    def _load_codes(self) -> None:
         ptx, p, c = self.ptx, self.p, self.c
-        codes, scales = ptx.reg("codes", "b64"), ptx.reg("scales", "b64")
+        codes = ptx.reg("codes", "b64")
         ptx(
             f"mul.wide.u32 {self.wide}, {self.head}, {p.head_code_bytes};",
             f"add.u64 {codes}, $1, {self.wide};",
@@ -111,12 +162,16 @@ class _Kernel:
                 offset = p.first_code_byte + (tile * self.blocks + block) * _BLOCK_BYTES
                 four = vector(self.words[tile][4 * block : 4 * block + 4])
                 ptx(f"ld.global.nc.L1::no_allocate.v4.b32 {four}, [{codes}+{offset}];")
-        # A thread's scales of a tile: transposed [m32][t][K/4 bytes], else [m16][g][K/16 bytes].
-        share = p.contraction // (4 if p.transposed else 16)
+
+    def _load_scales(self) -> None:
+        ptx, p, c = self.ptx, self.p, self.c
+        scales = ptx.reg("scales", "b64")
+        # A thread's scales of a tile: transposed [m / group][t][K/4 bytes], else [m16][g][2 K / group bytes].
+        share = p.contraction // 4 if p.transposed else 2 * p.contraction // p.group
         if p.transposed:
             ptx(
-                f"shr.u32 {self.tmp}, {self.w}, 1;",
-                f"mad.lo.u32 {self.tmp}, {self.tile}, 2, {self.tmp};",
+                f"shr.u32 {self.tmp}, {self.w}, {p.group // 32};",
+                f"mad.lo.u32 {self.tmp}, {self.tile}, {BLOCK // p.group}, {self.tmp};",
                 f"mad.lo.u32 {self.tmp}, {self.tmp}, 4, {self.t};",
             )
         else:
@@ -136,11 +191,17 @@ class _Kernel:
             words = []
             for first in range(0, share, 4 * width):
                 some = ptx.regs("scale", width)
-                offset = p.first_scale_byte + tile * (BLOCK * p.contraction // GROUP) + first
+                offset = p.first_scale_byte + tile * (BLOCK * p.contraction // p.group) + first
                 suffix = f".v{width}" if width > 1 else ""
                 ptx(f"ld.global.nc{suffix}.b32 {vector(some) if width > 1 else some[0]}, [{scales}+{offset}];")
                 words += some
             self.scales.append(words)
+        if self.nvfp4:
+            self.global_scale = ptx.reg("global", "f32")
+            ptx(
+                f"ld.global.nc.f32 {self.global_scale}, [$5];",
+                f"mul.rn.f32 {self.global_scale}, {self.global_scale}, {E4M3_UNIT};",
+            )
 
     def _x_addresses(self) -> None:
         """Thread -> 16-byte chunk tid % 8 of row tid / 8 of a slab; the swizzle is chunk ^ (row % 8)."""
@@ -186,7 +247,10 @@ class _Kernel:
             for slab in range(self.blocks):
                 to = slot + slab * box_bytes(c) + first * SLAB_BYTES
                 source = (token * p.heads * p.x_width + p.first_x + slab * BLOCK) * 2
-                ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x_from}+{source}], 16, {self.tmp};")
+                ptx(
+                    f"{guard}cp.async.cg.shared.global{self._hint('x')} [{self.x_to}+{to}], "
+                    f"[{self.x_from}+{source}], 16, {self.tmp}{self._policy('x')};"
+                )
         ptx("cp.async.commit_group;")
         self.committed.append(tile)
 
@@ -235,7 +299,7 @@ class _Kernel:
             f"add.u64 {self.out}, $3, {self.wide};",
             f"add.u32 {self.tmp}, {self.token}, {self.out_row};",
             f"mad.lo.u32 {self.tmp}, {self.tmp}, {p.heads}, {self.head};",
-            f"mul.wide.u32 {self.wide}, {self.tmp}, {p.outputs * 2};",
+            f"mul.wide.u32 {self.wide}, {self.tmp}, {self.out_width * 2};",
             f"add.u64 {self.out}, {self.out}, {self.wide};",
             # this lane's stmatrix row
             f"and.b32 {self.tmp}, {self.lane}, 7;",
@@ -278,6 +342,8 @@ class _Kernel:
         groups = 0
         for first in range(0, self.k_steps, 4):
             if token_tile == 0:
+                if c.token_tiles == 1 and (tile or first):
+                    self._wall()
                 for step in range(first, first + 4):
                     self._decode(tile, step, fragments[step])
                 if c.delay and tile == 0 and first == 4 * (c.delay - 1):
@@ -305,17 +371,18 @@ class _Kernel:
 
     def _decode(self, tile: int, step: int, into: list[str]) -> None:
         ptx, scales = self.ptx, self.scales[tile]
-        if step == 0:
+        pair = functools.partial(e4m3_pair, ptx, self.constants) if self.nvfp4 else functools.partial(scale_pair, ptx)
+        if step == 0 and not self.nvfp4:
             bias_scales(ptx, self.constants, scales)
         decode_word(ptx, self.constants, self.words[tile][step], into)
         low, high = self.factors
         if self.p.transposed:  # a factor for each of the thread's four k, the same for both rows
-            scale_pair(ptx, scales[step], 0, 1, low)
-            scale_pair(ptx, scales[step], 2, 3, high)
-        elif step % 2 == 0:  # a factor for each of its two rows, the same for 32 k
-            byte = 2 * (step // 2 % 2)
-            scale_pair(ptx, scales[step // 4], byte, byte, low)
-            scale_pair(ptx, scales[step // 4], byte + 1, byte + 1, high)
+            pair(scales[step], 0, 1, low)
+            pair(scales[step], 2, 3, high)
+        elif 16 * step % self.p.group == 0:  # a factor for each of its two rows, the same for a group of k
+            word, byte = divmod(2 * (16 * step // self.p.group), 4)
+            pair(scales[word], byte, byte, low)
+            pair(scales[word], byte + 1, byte + 1, high)
         for p, register in enumerate(into):
             multiply(ptx, register, self.factors[p >> 1 if self.p.transposed else p & 1])
 
@@ -324,6 +391,8 @@ class _Kernel:
         ptx, p, c = self.ptx, self.p, self.c
         tile, token_tile = step
         ptx(f"wgmma.wait_group.sync.aligned {later};")
+        if self.nvfp4:
+            ptx(*(f"mul.rn.f32 {register}, {register}, {self.global_scale};" for register in acc))
         buffer = number % 2 * box_bytes(c)
         for first in range(0, c.tokens // 8, 2):
             count = min(2, c.tokens // 8 - first)
@@ -344,8 +413,9 @@ class _Kernel:
             )
             if first + 16 > c.tokens:
                 ptx(f"setp.lt.and.u32 {self.pred}, {self.out_row}, {c.tokens - first}, {self.pred};")
-            to = token * p.heads * p.outputs * 2 + tile * BLOCK * 2
+            to = token * p.heads * self.out_width * 2 + tile * BLOCK * 2
             ptx(
                 f"@{self.pred} ld.shared.v4.b32 {vector(self.packed)}, [{self.box}+{buffer + first * SLAB_BYTES}];",
-                f"@{self.pred} st.global.v4.b32 [{self.out}+{to}], {vector(self.packed)};",
+                f"@{self.pred} st.global{self._hint('out')}.v4.b32 [{self.out}+{to}], "
+                f"{vector(self.packed)}{self._policy('out')};",
             )

@@ -14,18 +14,22 @@ _OR_AND = "0xEA"  # lop3's table of (a & b) | c
 # Added to four scale bytes at once: byte + 126 is the exponent field of 2^(byte - 1), which undoes the 2^-126 of a
 # decoded code as well. No byte carries into the next, for fragment order holds bytes up to 128 only.
 _SCALE_BIAS = "0x7E7E7E7E"
+_TWO_TO_127, _TWO_TO_112 = "0x7F007F00", "0x77807780"  # pairs of bfloat16
+E4M3_UNIT = "0f43000000"  # 2^7 as a float32: what results of such weights have to be multiplied by
 
 
 class Constants:
     """The constants of decoding in registers, each increased by `zero`, a register that holds 0."""
 
     def __init__(self, ptx: Ptx, zero: str):
-        self.fields, self.others, self.mantissa, self.bias = ptx.regs("constant", 4)
+        self.fields, self.others, self.mantissa, self.bias, self.large, self.larger = ptx.regs("constant", 6)
         for register, value in (
             (self.fields, _FIELDS),
             (self.others, _FIELDS_BUT_MANTISSA),
             (self.mantissa, _MANTISSA),
             (self.bias, _SCALE_BIAS),
+            (self.large, _TWO_TO_112),
+            (self.larger, _TWO_TO_127),
         ):
             ptx(f"add.u32 {register}, {zero}, {value};")
 
@@ -59,8 +63,22 @@ def scale_pair(ptx: Ptx, word: str, low: int, high: int, into: str) -> None:
     ptx(f"prmt.b32 {into}, {word}, 0, 0x4{high}4{low};", f"shl.b32 {into}, {into}, 7;")
 
 
+def e4m3_pair(ptx: Ptx, constants: Constants, word: str, low: int, high: int, into: str) -> None:
+    """Two of a word's bytes, e4m3 from 0 to 448, as bfloat16 scale * 2^119, one to a half.
+
+    Four bits up, an e4m3 is the bfloat16 scale * 2^-120 (subnormals too). Two factors bring it to where a decoded
+    code, e2m1 * 2^-126, becomes e2m1 * scale * 2^-7: at most six significant bits and a normal number, so exact.
+    """
+    ptx(
+        f"prmt.b32 {into}, {word}, 0, 0x4{high}4{low};",
+        f"shl.b32 {into}, {into}, 4;",
+        f"mul.rn.bf16x2 {into}, {into}, {constants.larger};",
+        f"mul.rn.bf16x2 {into}, {into}, {constants.large};",
+    )
+
+
 def multiply(ptx: Ptx, register: str, factor: str) -> None:
-    """register *= factor, as bfloat16 pairs; exact here: two significant bits times a power of two."""
+    """register *= factor, as bfloat16 pairs; exact here: two significant bits times a power of two or four bits."""
     ptx(f"mul.rn.bf16x2 {register}, {register}, {factor};")
 
 

@@ -16,7 +16,7 @@ from pallas_kernels.ptx import vector
 
 
 def program(problem: Problem, config: Config) -> str:
-    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
+    """The whole kernel; its operands are the other one's."""
     return _Direct(problem, config).emit()
 
 
@@ -45,7 +45,7 @@ class _Direct(Kernel):
             f"mad.lo.u32 {self.tmp}, {self.tile}, 4, {self.w};",
             f"mad.lo.u32 {self.tmp}, {self.tmp}, 8, {self.g};",
             f"mul.wide.u32 {self.wide}, {self.tmp}, {k_blocks * SCALE_WORD_BYTES};",
-            f"add.u64 {self.scales}, $2, {self.wide};",
+            f"add.u64 {self.scales}, {self.scale_bytes}, {self.wide};",
             f"mul.wide.u32 {self.wide}, {self.rank}, {c.blocks * SCALE_WORD_BYTES};",
             f"add.u64 {self.scales}, {self.scales}, {self.wide};",
         )

@@ -5,9 +5,9 @@
 A CTA has 128 outputs (64 for each of two warpgroups) by up to 256 tokens, the widest wgmma. A third warpgroup's
 first thread loads x, block of 64 k by block, through a ring of slots with a barrier for full and one for empty. Codes
 and scales go from global memory to the registers of the thread that decodes them, two blocks ahead, and are decoded
-under the wgmma of the block before. `split` CTAs of a cluster share the contraction; their partial results meet in shared
-memory, in the ring's place, and are added in the order of the parts. `sharing` CTAs that have the same tokens may load
-a part of x each and send it to all.
+under the wgmma of the block before. `split` CTAs of a cluster share the contraction; their partial results meet in
+shared memory, in the ring's place, and are added in the order of the parts. `sharing` CTAs that have the same tokens
+may load a part of x each and send it to all.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def check_config(problem: Problem, config: Config) -> None:
         "tokens must be a multiple of 8 * sharing up to 256": 0 < c.tokens <= 256 and c.tokens % (8 * c.sharing) == 0,
         "split must be 1 or more, with at most 8 CTAs to a cluster": c.split >= 1 and cluster(c) <= 8,
         "split must be at most K / 128": c.split <= problem.contraction // (2 * BLOCK),
+        "64 must divide the first weight's outputs": problem.first_outputs % BLOCK == 0,
         "slots must be an even number from 4 on": c.slots >= 4 and c.slots % 2 == 0,
         "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
     }
@@ -99,7 +100,10 @@ def check_config(problem: Problem, config: Config) -> None:
 
 
 def program(problem: Problem, config: Config) -> str:
-    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out, $4 x's tensor map (64-bit addresses), $5 shared memory."""
+    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
+
+    Of a second weight below the first: $5 codes, $6 scales. Last x's tensor map.
+    """
     return _Kernel(problem, config).emit()
 
 
@@ -172,7 +176,7 @@ class _Kernel:
             f"sub.u32 {self.blocks}, {self.blocks}, {self.first};",
             f"shl.b32 {self.blocks}, {self.blocks}, 1;",
             f"shl.b32 {self.first}, {self.first}, 1;",
-            f"add.u32 {self.shared}, $5, {ALIGNMENT - 1};",
+            f"add.u32 {self.shared}, $4, {ALIGNMENT - 1};",
             f"and.b32 {self.shared}, {self.shared}, -{ALIGNMENT};",
             f"add.u32 {self.barriers}, {self.shared}, {ring};",
         )
@@ -199,7 +203,7 @@ class _Kernel:
         block, slot, parity, at, k, row = (ptx.reg(name) for name in ("block", "slot", "parity", "at", "k", "row"))
         full, mask = ptx.reg("full"), ptx.reg("mask", "b16")
         again, done = ptx.label("load"), ptx.label("loaded")
-        part = box(c)[0]
+        part, tensor_map = box(c)[0], "$7" if self.p.first_outputs else "$5"
         ptx(
             f"setp.ne.u32 {self.pred}, {self.thread}, 0;",
             f"@{self.pred} bra {done};",
@@ -223,7 +227,7 @@ class _Kernel:
             f"mad.lo.u32 {at}, {slot}, {slot_bytes(c)}, {self.shared};",
             f"mad.lo.u32 {at}, {self.member}, {part * SLAB_BYTES}, {at};",
             f"cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{many} "
-            f"[{at}], [$4, {{{k}, {row}}}], [{full}]{suffix};",
+            f"[{at}], [{tensor_map}, {{{k}, {row}}}], [{full}]{suffix};",
             f"add.u32 {k}, {k}, {BLOCK};",
         )
         self._next(slot, parity)
@@ -236,8 +240,8 @@ class _Kernel:
 
     def _await(self, barrier: str, offset: int, parity: str) -> None:
         ptx = self.ptx
-        # Of the CTA's scope even where others arrive: what it guards goes through the async proxy alone, and a wait or
-        # an arrival of the cluster's scope would wait for, or drop, what a thread has under way in global memory.
+        # Of the CTA's scope even where others arrive: what it guards goes through the async proxy alone, and a wait
+        # or an arrival of the cluster's scope would wait for, or drop, what a thread has under way in global memory.
         again = ptx.label("await")
         ptx(
             f"{again}:",
@@ -258,14 +262,25 @@ class _Kernel:
         ptx, p = self.ptx, self.p
         self.codes, self.scales = ptx.reg("codes", "b64"), ptx.reg("scales", "b64")
         tile, k_blocks = ptx.reg("tile"), p.contraction // BLOCK
+        codes, scales = "$1", "$2"
         ptx(
             # Past the last tile of 64 outputs there is work for nothing: the last one's again.
             f"mad.lo.u32 {tile}, {self.row_tile}, {_CONSUMERS}, {self.wg};",
             f"min.u32 {tile}, {tile}, {p.outputs // BLOCK - 1};",
+        )
+        if p.first_outputs:
+            codes, scales = ptx.regs("weight", 2, "b64")
+            ptx(
+                f"setp.ge.u32 {self.pred}, {tile}, {p.first_outputs // BLOCK};",
+                f"selp.b64 {codes}, $5, $1, {self.pred};",
+                f"selp.b64 {scales}, $6, $2, {self.pred};",
+                f"@{self.pred} sub.u32 {tile}, {tile}, {p.first_outputs // BLOCK};",
+            )
+        ptx(
             # codes [tile][block][thread][16 bytes]
             f"mad.lo.u32 {self.tmp}, {tile}, {k_blocks}, {self.first};",
             f"mul.wide.u32 {self.wide}, {self.tmp}, {BLOCK_BYTES};",
-            f"add.u64 {self.codes}, $1, {self.wide};",
+            f"add.u64 {self.codes}, {codes}, {self.wide};",
             f"mul.wide.u32 {self.wide}, {self.thread}, 16;",
             f"add.u64 {self.codes}, {self.codes}, {self.wide};",
             # scales [16 rows][g][block][4]
@@ -273,7 +288,7 @@ class _Kernel:
             f"mad.lo.u32 {self.tmp}, {self.tmp}, 8, {self.g};",
             f"mad.lo.u32 {self.tmp}, {self.tmp}, {k_blocks}, {self.first};",
             f"mul.wide.u32 {self.wide}, {self.tmp}, {SCALE_WORD_BYTES};",
-            f"add.u64 {self.scales}, $2, {self.wide};",
+            f"add.u64 {self.scales}, {scales}, {self.wide};",
         )
 
     def _multiply(self) -> None:

@@ -47,16 +47,18 @@ def fp4_linear_mosaic_gpu(
     x: Float[Array, "M K"],
     codes: UInt8[Array, "N half"],
     scales: UInt8[Array, "N groups"],
+    second: tuple[UInt8[Array, "N2 half"], UInt8[Array, "N2 groups"]] | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
     config: Config | many.Config | None = None,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "M N_all"]:
     """out[m, n] = sum_k x[m, k] A[n, k], accumulated in float32.
 
     Args:
         x: bfloat16.
         codes: packed bytes in fragment order, without key rows.
         scales: scale bytes likewise, none above 128.
+        second: codes and scales of another weight, whose outputs follow: A is the first on top of the second.
         out_dtype: bfloat16 or float32.
         config: None for default_config.
 
@@ -64,13 +66,14 @@ def fp4_linear_mosaic_gpu(
         NotImplementedError: see unsupported.
         ValueError: the config does not fit.
     """
-    batch, outputs = x.shape[0], codes.shape[0]
+    first = codes.shape[0] if second is not None else 0
+    batch, outputs = x.shape[0], codes.shape[0] + (0 if second is None else second[0].shape[0])
     reason = unsupported(x.shape, (outputs, 2 * codes.shape[1]))
     if reason is not None:
         raise NotImplementedError(f"fp4_linear_mosaic_gpu: {reason}")
     if batch == 0:
         return jnp.zeros((0, outputs), out_dtype)
-    problem = Problem(batch, outputs, 2 * codes.shape[1], jnp.dtype(out_dtype).itemsize)
+    problem = Problem(batch, outputs, 2 * codes.shape[1], jnp.dtype(out_dtype).itemsize, first)
     config = default_config(problem) if config is None else config
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
@@ -84,8 +87,9 @@ def fp4_linear_mosaic_gpu(
             warpgroups=many.WARPGROUPS,
             shared_memory_bytes=many.shared_memory_bytes(config),
             cluster=many.cluster(config),
+            optional=0 if second is None else 2,
             maps={0: many.box(config)},
-        )(x, codes, scales)
+        )(x, codes, scales, *(second or ()))
     check_config(problem, config)
     return mosaic_kernel(
         functools.partial(direct.program if config.direct else program, problem, config),
@@ -94,7 +98,8 @@ def fp4_linear_mosaic_gpu(
         warpgroups=config.warpgroups,
         shared_memory_bytes=tiling.shared_memory_bytes(config),
         cluster=config.split,
-    )(x, codes, scales)
+        optional=0 if second is None else 2,
+    )(x, codes, scales, *(second or ()))
 
 
 def unsupported(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str | None:

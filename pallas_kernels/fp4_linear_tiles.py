@@ -52,12 +52,14 @@ class Problem:
         outputs: N.
         contraction: K.
         out_bytes: of an element of out, 2 (bfloat16) or 4 (float32).
+        first_outputs: those of the first of two weights, where A is one on top of the other; else 0.
     """
 
     batch: int
     outputs: int
     contraction: int
     out_bytes: int = 2
+    first_outputs: int = 0
 
 
 def rows(config: Config) -> int:
@@ -134,6 +136,7 @@ def check_config(problem: Problem, config: Config) -> None:
         "direct must come with one tile and slot, and blocks that are the part's, up to 16": not c.direct
         or (c.tiles == c.slots == 1 and c.blocks <= 16 and c.blocks == part_blocks(problem, c)),
         "a CTA's outputs must divide N": problem.outputs % rows(c) == 0,
+        "a warpgroup's outputs must divide the first weight's": problem.first_outputs % (BLOCK * c.tiles) == 0,
         "split * blocks must divide the 64-k blocks": problem.contraction % (BLOCK * c.split * c.blocks) == 0,
         "slots must be 3 or more": c.direct or c.slots >= 3,
         "push must come with a split": not c.push or c.split > 1,

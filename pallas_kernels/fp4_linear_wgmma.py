@@ -27,7 +27,10 @@ DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
 def program(problem: Problem, config: Config) -> str:
-    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit)."""
+    """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
+
+    Of a second weight below the first: $5 codes, $6 scales.
+    """
     return Kernel(problem, config).emit()
 
 
@@ -103,10 +106,20 @@ class Kernel:
         self.codes, self.scales, self.x = (ptx.reg(name, "b64") for name in ("codes", "scales", "x"))
         k_blocks = p.contraction // BLOCK
         part_blocks = k_blocks // c.split
+        codes, scales = "$1", "$2"
+        if p.first_outputs:
+            codes, scales = ptx.regs("weight", 2, "b64")
+            ptx(
+                f"setp.ge.u32 {self.pred}, {self.tile}, {p.first_outputs // BLOCK};",
+                f"selp.b64 {codes}, $5, $1, {self.pred};",
+                f"selp.b64 {scales}, $6, $2, {self.pred};",
+                f"@{self.pred} sub.u32 {self.tile}, {self.tile}, {p.first_outputs // BLOCK};",
+            )
+        self.scale_bytes = scales  # of all
         ptx(
             # codes [tile][block][thread][16 bytes]
             f"mul.wide.u32 {self.wide}, {self.tile}, {k_blocks * BLOCK_BYTES};",
-            f"add.u64 {self.codes}, $1, {self.wide};",
+            f"add.u64 {self.codes}, {codes}, {self.wide};",
             f"mul.wide.u32 {self.wide}, {self.rank}, {part_blocks * BLOCK_BYTES};",
             f"add.u64 {self.codes}, {self.codes}, {self.wide};",
             f"mul.wide.u32 {self.wide}, {self.thread}, 16;",
@@ -116,7 +129,7 @@ class Kernel:
             f"mad.lo.u32 {self.tmp}, {self.tmp}, 4, {self.w};",
             f"mad.lo.u32 {self.tmp}, {self.tmp}, 8, {self.g};",
             f"mul.wide.u32 {self.wide}, {self.tmp}, {k_blocks * SCALE_WORD_BYTES};",
-            f"add.u64 {self.scales}, $2, {self.wide};",
+            f"add.u64 {self.scales}, {scales}, {self.wide};",
             f"mul.wide.u32 {self.wide}, {self.rank}, {part_blocks * SCALE_WORD_BYTES};",
             f"add.u64 {self.scales}, {self.scales}, {self.wide};",
             # x: chunk tid % 8 of 16 bytes of row tid / 8

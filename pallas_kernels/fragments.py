@@ -17,10 +17,10 @@ e2m1 * 2^-126, subnormal but exact, which the tensor cores take as it is. The in
     p = 0  w & 0x81C081C0                  p = 1  rotr(w, 4) & 0x81C081C0        p = 2  (w << 6) & 0x81C081C0
     p = 3  (rotr(w, 6) & 0x81808180) | ((w << 2) & 0x00400040)
 
-Scale bytes keep their place before or after the others likewise. Of a transposed matrix there is one for 32 outputs
-m and one k: [M/32][t = 0 .. 3][K/16][4], the last axis being k = 2t, 2t + 1, 2t + 8, 2t + 9 of 16. Of the other there
-is one for an output and 32 k: [M/16][g = 0 .. 7][K/64][2][2], the last two axes being the half of the 64 k, and row g
-or g + 8 of 16. A thread's scales are contiguous in both.
+Scale bytes keep their place before or after the others likewise, one to G = 32 elements in MXFP4, to 16 in NVFP4. Of
+a transposed matrix there is one for G outputs m and one k: [M/G][t = 0 .. 3][K/16][4], the last axis being k = 2t,
+2t + 1, 2t + 8, 2t + 9 of 16. Of the other there is one for an output and G k: [M/16][g = 0 .. 7][K/G][2], the last
+axis being row g or g + 8 of 16. A thread's scales are contiguous in both.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt8, UInt32
 
 BLOCK = 64
-GROUP = 32
-# The kernels fold a scale into a bfloat16 factor 2^(byte - 1), whose exponent field, byte + 126, ends at 254.
-MAX_SCALE_BYTE = 128
+GROUP = 32  # of MXFP4
+GROUPS = {"mxfp4": GROUP, "nvfp4": 16}
+# MXFP4: the kernels fold a scale into a bfloat16 factor 2^(byte - 1), whose exponent field, byte + 126, ends at 254.
+# NVFP4: 448; NaN and the negative scales, which nobody writes, are above.
+MAX_SCALE_BYTES = {"mxfp4": 128, "nvfp4": 0x7E}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,8 @@ def unsupported(shape: tuple[int, ...], group: int, order: FragmentOrder) -> str
     """Why weights [H, N, C] in groups of `group` cannot be held in this order, or None."""
     if len(shape) != 3:
         return f"weights must be [H, N, C]; got {len(shape)} axes."
-    if group != GROUP:
-        return f"groups must be of {GROUP} columns; got {group}."
+    if group not in GROUPS.values():
+        return f"groups must be of {GROUP} columns, of 16 in NVFP4; got {group}."
     if shape[2] % order.column_parts:
         return f"{order.column_parts} parts must divide the {shape[2]} columns."
     columns = shape[2] // order.column_parts
@@ -76,14 +78,14 @@ def to_fragments(
         packed, ordered = to_fragments(_parts_to_heads(codes, parts), _parts_to_heads(scales, parts), whole)
         return _heads_to_parts(packed, parts), _heads_to_parts(ordered, parts)
     heads, rows, columns = codes.shape
-    split = order.key_rows
+    split, groups = order.key_rows, scales.shape[2]
     keys, values = codes[:, :split].swapaxes(1, 2), codes[:, split:]
     packed = jnp.concatenate([_to_words(keys), _to_words(values)], axis=1)
     packed = jax.lax.bitcast_convert_type(packed, jnp.uint8).reshape(heads, rows, columns // 2)
-    key_scales = scales[:, :split].swapaxes(1, 2).reshape(heads, columns // GROUP, split // 16, 2, 4, 2)
-    key_scales = key_scales.transpose(0, 1, 4, 2, 3, 5)  # h, m32, k16, k8, t, f -> h, m32, t, k16, k8, f
-    value_scales = scales[:, split:].reshape(heads, (rows - split) // 16, 2, 8, columns // BLOCK, 2)
-    value_scales = value_scales.transpose(0, 1, 3, 4, 5, 2)  # h, m16, m8, g, k64, k32 -> h, m16, g, k64, k32, m8
+    key_scales = scales[:, :split].swapaxes(1, 2).reshape(heads, groups, split // 16, 2, 4, 2)
+    key_scales = key_scales.transpose(0, 1, 4, 2, 3, 5)  # h, group, k16, k8, t, f -> h, group, t, k16, k8, f
+    value_scales = scales[:, split:].reshape(heads, (rows - split) // 16, 2, 8, groups)
+    value_scales = value_scales.transpose(0, 1, 3, 4, 2)  # h, m16, m8, g, group -> h, m16, g, group, m8
     ordered = jnp.concatenate([key_scales.reshape(heads, -1), value_scales.reshape(heads, -1)], axis=1)
     return packed, ordered.reshape(scales.shape)
 
@@ -97,16 +99,16 @@ def from_fragments(
         codes, scales = from_fragments(_parts_to_heads(packed, parts), _parts_to_heads(scales, parts), whole)
         return _heads_to_parts(codes, parts), _heads_to_parts(scales, parts)
     heads, rows, half = packed.shape
-    columns, split = 2 * half, order.key_rows
+    columns, split, groups = 2 * half, order.key_rows, scales.shape[2]
     words = jax.lax.bitcast_convert_type(packed.reshape(heads, -1, 4), jnp.uint32)
     cut = split * columns // 8
     keys = _from_words(words[:, :cut], columns, split).swapaxes(1, 2)
     values = _from_words(words[:, cut:], rows - split, columns)
-    flat, cut = scales.reshape(heads, -1), split * columns // GROUP
-    key_scales = flat[:, :cut].reshape(heads, columns // GROUP, 4, split // 16, 2, 2).transpose(0, 1, 3, 4, 2, 5)
-    value_scales = flat[:, cut:].reshape(heads, (rows - split) // 16, 8, columns // BLOCK, 2, 2)
-    value_scales = value_scales.transpose(0, 1, 5, 2, 3, 4).reshape(heads, rows - split, columns // GROUP)
-    key_scales = key_scales.reshape(heads, columns // GROUP, split).swapaxes(1, 2)
+    flat, cut = scales.reshape(heads, -1), split * groups
+    key_scales = flat[:, :cut].reshape(heads, groups, 4, split // 16, 2, 2).transpose(0, 1, 3, 4, 2, 5)
+    value_scales = flat[:, cut:].reshape(heads, (rows - split) // 16, 8, groups, 2)
+    value_scales = value_scales.transpose(0, 1, 4, 2, 3).reshape(heads, rows - split, groups)
+    key_scales = key_scales.reshape(heads, groups, split).swapaxes(1, 2)
     return jnp.concatenate([keys, values], axis=1), jnp.concatenate([key_scales, value_scales], axis=1)
 
 

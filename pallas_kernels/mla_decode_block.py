@@ -40,7 +40,8 @@ class Problem:
     capacity: int
     page_size: int | None  # None: contiguous
     pages: int  # N; that of the sequences where the cache is contiguous
-    scale: float
+    scale: float  # of the scores
+    out_scale: float  # of the output
     split_size: int
     e4m3: bool = False  # the cache's dtype, else bf16
 

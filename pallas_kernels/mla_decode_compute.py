@@ -196,7 +196,7 @@ def _finish(block, w, acc, m, total):
     _meet(block)
     total = total + load_array(sums[1 - w], layout=ROW)  # each warpgroup summed its own tile sets
     nothing = total == 0
-    inverse = jnp.where(nothing, 0.0, 1.0 / total)
+    inverse = jnp.where(nothing, 0.0, problem.out_scale / total)
     out = wgmma.values(acc) * _columns(inverse, L // 2)
     rows, columns = pl.ds(block.index * ROWS, ROWS), pl.ds(w * (L // 2), L // 2)
     if problem.splits == 1:

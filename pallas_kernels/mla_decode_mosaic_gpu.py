@@ -55,6 +55,7 @@ def mla_decode_mosaic_gpu(
     *,
     scale: float,
     split_size: int,
+    entries_scale: float = 1.0,
 ) -> tuple[Float[Array, "splits B rows L"], Float[Array, "splits B rows"]]:
     """The attention of this module's docstring, split by split.
 
@@ -66,6 +67,7 @@ def mla_decode_mosaic_gpu(
         length: keys a sequence holds.
         scale: the softmax scale, > 0.
         split_size: keys a split, a multiple of 128.
+        entries_scale: entries stand for this times what they are.
 
     Returns:
         With one split the output, bf16 [1, B, T * H, L]; else each split's own, float32, T * H rounded up to whole
@@ -76,7 +78,16 @@ def mla_decode_mosaic_gpu(
     page_size = None if page_table is None else entries.shape[1]
     capacity = entries.shape[1] if page_table is None else page_table.shape[1] * entries.shape[1]
     problem = Problem(
-        batch, tokens, heads, capacity, page_size, entries.shape[0], scale, split_size, entries.dtype == E4M3
+        batch,
+        tokens,
+        heads,
+        capacity,
+        page_size,
+        entries.shape[0],
+        scale * entries_scale,
+        entries_scale,
+        split_size,
+        entries.dtype == E4M3,
     )
     rows = q.reshape(batch, problem.rows, L + R)
     padding = -problem.rows % 8  # TMA takes whole groups of 8 rows; past the last it reads zeros and writes nothing

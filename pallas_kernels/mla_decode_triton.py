@@ -59,6 +59,7 @@ def mla_decode_triton(
     kv_lora_rank: int,
     scale: float,
     split_size: int,
+    entries_scale: float = 1.0,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "splits B rows L"], Float[Array, "splits B rows"]]:
@@ -74,6 +75,7 @@ def mla_decode_triton(
         kv_lora_rank: L.
         scale: the softmax scale.
         split_size: keys a split, a multiple of 128.
+        entries_scale: entries stand for this times what they are.
         config: tiles; None for default_config.
         interpret: run in Pallas's interpreter.
 
@@ -96,7 +98,8 @@ def mla_decode_triton(
         config=config,
         rank=kv_lora_rank,
         heads=heads,
-        scale=scale,
+        scale=scale * entries_scale,
+        out_scale=entries_scale,
         split_size=split_size,
         capacity=capacity,
         page_size=page_size,
@@ -114,7 +117,7 @@ def mla_decode_triton(
     )(q.reshape(batch, rows, width), flat, *(() if page_table is None else (page_table,)), visible, length)
 
 
-def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_size, capacity, page_size):
+def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, out_scale, split_size, capacity, page_size):
     *table_refs, visible_ref, length_ref, out_ref, lse_ref = refs
     block, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     rows, width = q_ref.shape[1], q_ref.shape[2]
@@ -186,7 +189,7 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, split_si
         m, total, acc = jax.lax.fori_loop(np.int32(0), steps, step, start)
         nothing = total == 0
         safe = jnp.where(nothing, 1.0, total)
-        out = acc / safe[:, None]
+        out = acc * (out_scale / safe)[:, None]
         lse = jnp.where(nothing, -jnp.inf, m * (1 / LOG2_E) + jnp.log(safe))
         mask = in_rows[:, None] & (jnp.arange(rank) >= 0)[None]
         pltriton.store(out_ref.at[split, b, row_slice, pl.ds(0, rank)], out.astype(out_ref.dtype), mask=mask)

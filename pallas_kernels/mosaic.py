@@ -104,19 +104,21 @@ def mosaic_kernel(
     warpgroups: int,
     shared_memory_bytes: int,
     cluster: int = 1,
+    optional: int = 0,
     maps: dict[int, tuple[int, int]] | None = None,
 ):
     """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
 
     Args:
-        program: makes the block; $0, $1, ... are the operands' addresses, then the output's, then those of tensor
-            maps (64-bit), then that of shared memory (32-bit). It must mask by itself, and every thread must reach
-            its end.
+        program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
+            shared memory (32-bit), then those of optional operands and of tensor maps (64-bit). It must mask by
+            itself, and every thread must reach its end.
         out_shape: of the result.
         grid: clusters; CTAs where they are alone.
         warpgroups: of a CTA.
         shared_memory_bytes: dynamic.
         cluster: CTAs of a cluster, neighbours in %ctaid.x.
+        optional: how many of the last operands are such.
         maps: for TMA, by operand (a matrix): rows and columns of the box that one instruction copies, in 128-byte
             swizzle.
 
@@ -125,14 +127,20 @@ def mosaic_kernel(
     """
 
     def body(*refs):
+        always = len(refs) - 2 - optional
+        refs = (*refs[:always], *refs[-2:], *refs[always:-2])
+        shared = always + 1
+
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def inline(ctx, *memrefs):
-            pointers = [mgpu_utils.memref_ptr(memref) for memref in memrefs[:-1]]
-            pointers += [ctx._get_tma_desc(memrefs[i], (), None, box, 128, None) for i, box in (maps or {}).items()]
-            addresses = [_llvm.ptrtoint(_ir.IntegerType.get_signless(64), pointer) for pointer in pointers]
-            shared = mgpu_utils.memref_ptr(memrefs[-1])
-            addresses.append(_llvm.ptrtoint(_ir.IntegerType.get_signless(32), shared))
-            constraints = ",".join(["l"] * len(pointers) + ["r", "~{memory}"])
+            addresses = [
+                _llvm.ptrtoint(_ir.IntegerType.get_signless(32 if i == shared else 64), mgpu_utils.memref_ptr(memref))
+                for i, memref in enumerate(memrefs)
+            ]
+            for i, box in (maps or {}).items():
+                pointer = ctx._get_tma_desc(memrefs[i], (), None, box, 128, None)
+                addresses.append(_llvm.ptrtoint(_ir.IntegerType.get_signless(64), pointer))
+            constraints = ",".join(["r" if i == shared else "l" for i in range(len(addresses))] + ["~{memory}"])
             _llvm.inline_asm(None, addresses, program(), constraints, has_side_effects=True)
 
         inline(*refs)

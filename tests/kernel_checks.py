@@ -18,9 +18,9 @@ from mla_fp4_jax import FP4Array, fp4_bmm
 
 GROUP = {"mxfp4": 32, "nvfp4": 16}
 R = 64
-# Fragment order holds scales up to this byte; see FP4Array.fragment_order_why_not.
-LARGEST_SCALE = {"mosaic_gpu": 128}
-NAN_BYTE = 255
+# Fragment order holds scales up to these bytes; see FP4Array.fragment_order_why_not.
+LARGEST_SCALE = {("mosaic_gpu", "mxfp4"): 128, ("mosaic_gpu", "nvfp4"): 0x7E}
+LAST_SCALE = {"mxfp4": 0xFF, "nvfp4": 0x7F}  # NaN; the bytes after it are the e4m3 below 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,12 @@ def random_pack(rng, case: Case, implementation: str | None) -> list[np.ndarray]
     exponents = rng.integers(-2, 3, (*rows, case.L // GROUP[case.format]))
     if case.format == "nvfp4":
         return [packed, ((exponents + 7) << 3).astype(np.uint8), np.array(2.0, np.float32)]
-    largest = LARGEST_SCALE.get(implementation or "", NAN_BYTE)
-    return [packed, np.minimum(exponents + 127, largest).astype(np.uint8)]
+    return [packed, np.minimum(exponents + 127, largest_scale(implementation, "mxfp4")).astype(np.uint8)]
+
+
+def largest_scale(implementation: str | None, format: str) -> int:
+    """Of the scale bytes that an implementation takes."""
+    return LARGEST_SCALE.get((implementation or "", format), LAST_SCALE[format])
 
 
 def random_x(rng, case: Case, contract: str, *, exact: bool = True) -> np.ndarray:
@@ -145,7 +149,7 @@ def check_confined(implementation: str, case: Case, contract: str, rng, *, adjac
     unused = np.ones(case.P + case.V, bool)
     unused[first : first + number] = False
     parts[0][:, unused] = 0x77  # 6 and 6
-    parts[1][:, unused] = LARGEST_SCALE.get(implementation, NAN_BYTE) if case.format == "mxfp4" else 0x7F
+    parts[1][:, unused] = largest_scale(implementation, case.format)
     w = pack_of(parts, case, implementation)
     x = random_x(rng, case, contract)
     want = expected(x, parts, case, contract)
@@ -200,34 +204,39 @@ def between_guards(value: np.ndarray, poison: np.ndarray, adjacent: bool) -> tup
     raise AssertionError(f"the allocator put no array of {value.nbytes} bytes between two others")
 
 
-def check_codes(implementation: str | None, dtype: str, contract: str, *, flushes: bool) -> None:
-    """All 16 codes under all 256 scale bytes, one product each.
+def check_codes(
+    implementation: str | None, dtype: str, contract: str, *, flushes: bool, format: str = "mxfp4"
+) -> None:
+    """All 16 codes under all scale bytes (of e4m3: from 0 to NaN), one product each.
 
     Args:
         flushes: the device replaces float32 subnormals by 0 (XLA's CPU back end does).
     """
     size = 64  # of the contracted axis; weights but the first are 0, so that no infinity meets another value
-    codes, scales = np.tile(np.arange(16), 256), np.repeat(np.arange(256), 16)
+    group, count = GROUP[format], LAST_SCALE[format] + 1
+    one, value = (127, oracle.e8m0) if format == "mxfp4" else (0x38, oracle.e4m3)
+    codes, scales = np.tile(np.arange(16), count), np.repeat(np.arange(count), 16)
     if contract == "columns":
-        all_codes = np.zeros((1, 4096, size), np.uint8)
-        all_scales = np.full((1, 4096, size // 32), 127, np.uint8)
+        all_codes = np.zeros((1, 16 * count, size), np.uint8)
+        all_scales = np.full((1, 16 * count, size // group), one, np.uint8)
         all_codes[0, :, 0], all_scales[0, :, 0] = codes, scales
     else:
-        all_codes = np.zeros((1, size, 256 * 32), np.uint8)
-        all_scales = np.full((1, size, 256), 127, np.uint8)
-        all_codes[0, 0], all_scales[0, 0] = np.tile(np.arange(16), 512), np.arange(256)
-        codes, scales = all_codes[0, 0], np.repeat(np.arange(256), 32)
-    largest = LARGEST_SCALE.get(implementation or "", NAN_BYTE)
-    all_scales, scales = np.minimum(all_scales, largest), np.minimum(scales, largest)
+        all_codes = np.zeros((1, size, count * group), np.uint8)
+        all_scales = np.full((1, size, count), one, np.uint8)
+        all_codes[0, 0], all_scales[0, 0] = np.tile(np.arange(16), count * group // 16), np.arange(count)
+        codes, scales = all_codes[0, 0], np.repeat(np.arange(count), group)
+    largest = largest_scale(implementation, format)
+    all_scales, scales = np.minimum(all_scales, largest).astype(np.uint8), np.minimum(scales, largest)
     key_rows = size if contract == "rows" else 0
-    w = prepare(FP4Array.from_codes(jnp.asarray(all_codes), jnp.asarray(all_scales)), implementation, key_rows)
+    w = FP4Array.from_codes(jnp.asarray(all_codes), jnp.asarray(all_scales), format=format)
+    w = prepare(w, implementation, key_rows)
     x = jnp.zeros((1, 1, size), dtype).at[0, 0, 0].set(1)
     out = None if implementation == "mosaic_gpu" else jnp.float32
     y = jax.jit(
         functools.partial(fp4_bmm, contract=contract, implementation=implementation, preferred_element_type=out)
     )(x, w)
     with np.errstate(over="ignore", invalid="ignore"):
-        want = (oracle.E2M1[codes] * oracle.e8m0(scales)).astype(np.float32)
+        want = (oracle.E2M1[codes] * value(scales)).astype(np.float32)
         # A weight that bfloat16 cannot hold is infinite in either.
         got = np.asarray(y)[0, 0].astype(np.float32)
     if flushes:

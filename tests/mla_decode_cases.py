@@ -25,6 +25,7 @@ class Case:
         bad_pages: replace some page ids by ones that are no page.
         dtype: of the queries and the result.
         cache_dtype: of the cache, where it is another.
+        entries_scale: of the cache; entries are of this size.
     """
 
     lengths: tuple[int, ...]
@@ -37,9 +38,11 @@ class Case:
     bad_pages: bool = False
     dtype: str = "bfloat16"
     cache_dtype: str | None = None
+    entries_scale: float = 1.0
 
     def __str__(self) -> str:
         kind = "contiguous" if self.page is None else f"page{self.page}" + "bad" * self.bad_pages
+        kind += f"x{self.entries_scale}" * (self.entries_scale != 1)
         return f"{self.cache_dtype or self.dtype}-{kind}-T{self.tokens}-H{self.heads}-L{self.rank}-" + "_".join(
             map(str, self.lengths)
         )
@@ -70,8 +73,9 @@ def build(case: Case, rng: np.random.Generator) -> Built:
         entries = []
         for b, length in enumerate(case.lengths):
             stored[b, :length] = rounded(rng.standard_normal((length, width)), cache_dtype)
-            entries.append(list(stored[b, :length].astype(np.float64)))
-        cache: Cache = LatentCache(jnp.asarray(stored, cache_dtype), jnp.asarray(lengths), case.rank)
+            entries.append(list(stored[b, :length].astype(np.float64) * case.entries_scale))
+        held = jnp.asarray(stored, cache_dtype), jnp.asarray(lengths)
+        cache: Cache = LatentCache(*held, case.rank, case.entries_scale)
         return Built(jnp.asarray(q, dtype), cache, jnp.asarray(visible), entries)
 
     columns = -(-capacity // case.page)
@@ -79,19 +83,19 @@ def build(case: Case, rng: np.random.Generator) -> Built:
     stored = np.full((number, case.page, width), np.nan, np.float32)
     table = rng.permutation(number)[: batch * columns].reshape(batch, columns).astype(np.int32)
     for b, length in enumerate(case.lengths):
-        for s in range(length):
-            stored[table[b, s // case.page], s % case.page] = rounded(rng.standard_normal(width), cache_dtype)
+        slots = np.arange(length)
+        keys = rounded(rng.standard_normal((length, width)), cache_dtype)
+        stored[table[b, slots // case.page], slots % case.page] = keys
     if case.bad_pages:
         table[0, 0] = -1
         table[-1, min(1, columns - 1)] = number
         table[batch // 2, -1] = np.iinfo(np.int32).max
-    entries = []
+    entries, scaled = [], stored.astype(np.float64) * case.entries_scale
     for b, length in enumerate(case.lengths):
         pages = [table[b, s // case.page] for s in range(length)]
-        entries.append(
-            [stored[p, s % case.page].astype(np.float64) if 0 <= p < number else None for s, p in enumerate(pages)]
-        )
-    cache = PagedLatentCache(jnp.asarray(stored, cache_dtype), jnp.asarray(table), jnp.asarray(lengths), case.rank)
+        entries.append([scaled[p, s % case.page] if 0 <= p < number else None for s, p in enumerate(pages)])
+    held = jnp.asarray(stored, cache_dtype), jnp.asarray(table), jnp.asarray(lengths)
+    cache = PagedLatentCache(*held, case.rank, case.entries_scale)
     return Built(jnp.asarray(q, dtype), cache, jnp.asarray(visible), entries)
 
 

@@ -18,7 +18,8 @@ SCALE = 0.11
 class Case:
     """Sequences of `lengths` tokens, the last `tokens` of which are queries; fewer where a sequence is shorter.
 
-    `left` puts the padding of short sequences first. P, R, V, L are the config's; page 0 is a contiguous cache.
+    `left` puts the padding of short sequences first. P, R, V, L are the config's; page 0 is a contiguous cache, and
+    with an e4m3_scale the cache is float8_e4m3fn with that scale.
     """
 
     lengths: tuple[int, ...]
@@ -32,6 +33,7 @@ class Case:
     capacity: int | None = None
     left: bool = False
     dtype: str = "float32"
+    e4m3_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,9 @@ def build(case: Case, rng: np.random.Generator) -> Built:
         return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32), np.float64)
 
     entries = rounded(rng.standard_normal((batch, longest, c.L + c.R)))
+    if c.e4m3_scale is not None:
+        stored = jnp.asarray(entries / c.e4m3_scale, jnp.float8_e4m3fn)
+        entries = np.asarray(stored.astype(jnp.float32), np.float64) * c.e4m3_scale
     kv_b = rounded(rng.standard_normal((c.heads, c.P + c.V, c.L)) * c.L**-0.5)
     q = rounded(rng.standard_normal((batch, c.tokens, c.heads, c.P + c.R)))
     visible = np.zeros((batch, c.tokens), np.int64)
@@ -98,7 +103,8 @@ def _cache(c, longest, entries, dtype, rng) -> Cache:
         v_head_dim=c.V,
     )
     batch, capacity = len(c.lengths), c.capacity or longest
-    cache = init_cache(config, batch, capacity, dtype=dtype, page_size=c.page or None)
+    scaled = {} if c.e4m3_scale is None else {"dtype": jnp.float8_e4m3fn, "entries_scale": c.e4m3_scale}
+    cache = init_cache(config, batch, capacity, page_size=c.page or None, **{"dtype": dtype, **scaled})
     cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan) if leaf.ndim == 3 else leaf, cache)
     if c.page:
         order = jnp.asarray(rng.permutation(cache.pages.shape[0]), jnp.int32)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 import sm90
 from flax import nnx
-from kernel_checks import Case, run
+from kernel_checks import GROUP, Case, run
 
-from mla_fp4_jax import FP4Array, MLAAttention, MLAConfig, one_pack
+import pallas_kernels
+from mla_fp4_jax import FP4Array, MLAAttention, MLAConfig, fp4_bmm, one_pack
 from mla_fp4_jax.ops.implementations import PREFERENCE, TRITON, XLA
 
 pytestmark = [
@@ -26,8 +29,9 @@ shape = jax.ShapeDtypeStruct
 
 
 def abstract_pack(case: Case, implementation: str) -> FP4Array:
-    rows = (case.H, case.P + case.V)
-    w = FP4Array(shape((*rows, case.L), jnp.float4_e2m1fn), shape((*rows, case.L // 32), jnp.uint8))
+    rows, groups = (case.H, case.P + case.V), case.L // GROUP[case.format]
+    scale = shape((), jnp.float32) if case.format == "nvfp4" else None
+    w = FP4Array(shape((*rows, case.L), jnp.float4_e2m1fn), shape((*rows, groups), jnp.uint8), scale, case.format)
     if implementation != "mosaic_gpu":
         return w
     from pallas_kernels.fragments import FragmentOrder
@@ -58,6 +62,43 @@ def test_deepseek_v3(implementation, contract, batch):
     check_kernels(program)
     assert len(program.kernels) == 1 and program.dynamic_shared_bytes
     assert program.temp_bytes == 0 and program.moves_of(*PACKED) == [] and program.moves_of("bf16") == []
+
+
+@functools.cache
+def tuned_rows() -> list:
+    """(problem, config) of the shipped tables, one for each program but for its numbers of heads and tokens."""
+    from pallas_kernels.fp4_bmm_mosaic_gpu import NAME
+    from pallas_kernels.fp4_bmm_tiles import Config, Problem
+
+    folder = Path(pallas_kernels.__file__).parent / "tuned_tables"
+    rows = [row for path in folder.glob("*.json") for row in json.loads(path.read_text())[NAME]]
+    pairs = [(Problem(**row["problem"]), Config(**row["config"])) for row in rows]
+    return list({(p.transposed, p.contraction, config): (p, config) for p, config in pairs}.values())
+
+
+@pytest.mark.parametrize(("problem", "config"), tuned_rows())
+def test_tuned_configurations(problem, config):
+    p = problem
+    rows = (p.contraction, 64) if p.transposed else (64, p.outputs)
+    case = Case(p.batch, p.heads, *rows, p.outputs if p.transposed else p.contraction)
+    x = shape((p.batch, p.heads, p.x_width), jnp.bfloat16)
+    product = functools.partial(
+        fp4_bmm,
+        contract="rows" if p.transposed else "columns",
+        rows=(0, case.P) if p.transposed else (case.P, case.V),
+        x_columns=(p.first_x, p.contraction),
+        implementation="mosaic_gpu",
+        config=config,
+    )
+    check_kernels(sm90.compile_for_h100(product, x, abstract_pack(case, "mosaic_gpu")))
+
+
+@pytest.mark.parametrize("contract", ["rows", "columns"])
+@pytest.mark.parametrize("batch", [1, 64, 512])
+def test_nvfp4_in_fragment_order(batch, contract):
+    program = compile_bmm("mosaic_gpu", Case(batch, 128, 128, 128, 512, format="nvfp4"), contract)
+    check_kernels(program)
+    assert len(program.kernels) == 1 and program.temp_bytes == 0 and program.moves_of(*PACKED) == []
 
 
 @pytest.mark.parametrize("contract", ["rows", "columns"])
@@ -153,7 +194,6 @@ def test_a_move_is_seen():
 
 def test_spills_are_seen():
     """A tile far too large for the registers spills, and says so."""
-    from mla_fp4_jax import fp4_bmm
     from pallas_kernels.fp4_bmm_triton import Config
 
     case = Case(128, 2, 128, 128, 512, "float32")

@@ -6,11 +6,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from mla_fp4_jax.cache import PAGE_SIZES, PagedLatentCache, init_cache
+from mla_fp4_jax.cache import PAGE_SIZES, PagedLatentCache, cache_specs, init_cache
 from mla_fp4_jax.config import MLAConfig
+from mla_fp4_jax.sharding import MLASharding
 
 CONFIG = MLAConfig(
     hidden_size=64,
@@ -135,6 +137,47 @@ def test_structure_survives_an_append(page_size):
         (x.shape, x.dtype) for x in jax.tree.leaves(cache)
     ]
     assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)}) == len(jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("scale", [1.0, 4.0, 2.0**-7])
+def test_e4m3_entries_are_stored_in_units_of_the_scale(rng, page_size, scale):
+    cache = init_cache(CONFIG, 3, 16, dtype=jnp.float8_e4m3fn, page_size=page_size, entries_scale=scale)
+    entries = rng.standard_normal((3, 5, CONFIG.cache_dim)) * scale * 2.0 ** rng.integers(-10, 8, (3, 5, 1))
+    entries[0, 0, :3] = 1e6 * scale, -np.inf, np.nan
+    entries = entries.astype(np.float32)
+    append = jax.jit(lambda cache, new: cache.append(new, jnp.ones((3, 5), bool)), donate_argnums=0)
+    after = append(cache, jnp.asarray(entries))
+    assert after.entries_scale == scale and jax.tree.structure(after) == jax.tree.structure(cache)
+    expected = np.clip(entries.astype(np.float64) / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(contents(after)[:, :5], expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_the_scale_is_static_and_survives_specs(page_size):
+    cache = init_cache(CONFIG, 4, 16, dtype=jnp.float8_e4m3fn, page_size=page_size, entries_scale=0.5)
+    mesh = jax.make_mesh((1,), ("b",))
+    specs = cache_specs(cache, MLASharding(mesh, batch="b"))
+    assert jax.tree.structure(specs) == jax.tree.structure(cache)
+    assert jax.tree.map(jnp.copy, cache).entries_scale == 0.5
+    assert len(jax.tree.leaves(cache)) == len(jax.tree.leaves(made(page_size)))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("scale", [0, 0.0, -1.0, 3.0, 0.3, float("nan"), float("inf"), -float("inf"), "1"])
+def test_bad_scales(scale):
+    with pytest.raises(ValueError, match=r"init_cache: entries_scale must be a power of 2"):
+        init_cache(CONFIG, 1, 8, dtype=jnp.float8_e4m3fn, entries_scale=scale)
+    with pytest.raises(ValueError, match="entries_scale"):
+        dataclasses.replace(made(16), entries_scale=scale)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_scale_needs_e4m3(dtype):
+    with pytest.raises(ValueError, match=r"entries_scale must be 1 with a cache in"):
+        init_cache(CONFIG, 1, 8, dtype=dtype, entries_scale=2.0)
+    assert init_cache(CONFIG, 1, 8, dtype=dtype, entries_scale=1).entries_scale == 1
 
 
 @pytest.mark.bad_input

@@ -14,15 +14,18 @@ from pallas_kernels.fragments import FragmentOrder, unsupported
 SHAPES = [(2, 256, 512, 128), (3, 128, 128, 64), (1, 448, 512, 192), (2, 128, 256, 0), (1, 64, 64, 64)]
 
 
-def random_array(rng, heads, rows, columns) -> tuple[FP4Array, np.ndarray, np.ndarray]:
+def random_array(rng, heads, rows, columns, format="mxfp4") -> tuple[FP4Array, np.ndarray, np.ndarray]:
+    group, end = {"mxfp4": (32, 129), "nvfp4": (16, 0x7F)}[format]
     packed = rng.integers(0, 256, (heads, rows, columns // 2), np.uint8)
-    scales = rng.integers(0, 129, (heads, rows, columns // 32), np.uint8)
-    return FP4Array.from_packed(packed, scales), packed, scales
+    scales = rng.integers(0, end, (heads, rows, columns // group), np.uint8)
+    global_scale = None if format == "mxfp4" else np.float32(0.3)
+    return FP4Array.from_packed(packed, scales, global_scale, format=format), packed, scales
 
 
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 @pytest.mark.parametrize(("heads", "rows", "columns", "key_rows"), SHAPES)
-def test_there_and_back_is_byte_exact(rng, heads, rows, columns, key_rows):
-    w, packed, scales = random_array(rng, heads, rows, columns)
+def test_there_and_back_is_byte_exact(rng, heads, rows, columns, key_rows, format):
+    w, packed, scales = random_array(rng, heads, rows, columns, format)
     ordered = w.in_fragment_order(key_rows)
     assert ordered.shape == w.shape and ordered.nbytes_packed == w.nbytes_packed
     assert (np.asarray(ordered.packed) != packed).any()
@@ -74,16 +77,17 @@ def test_a_thread_decodes_its_fragment(rng, part):
                 assert value == matrix[row, column]
 
 
-def test_scales_lie_where_a_thread_looks(rng):
+@pytest.mark.parametrize(("format", "size"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_scales_lie_where_a_thread_looks(rng, format, size):
     key_rows, rows, columns = 128, 64, 128
-    w, _, scales = random_array(rng, 1, key_rows + rows, columns)
+    w, _, scales = random_array(rng, 1, key_rows + rows, columns, format)
     flat = np.asarray(w.in_fragment_order(key_rows).scales).reshape(-1)
-    keys = flat[: key_rows * columns // 32].reshape(columns // 32, 4, key_rows // 16, 4)
+    keys = flat[: key_rows * columns // size].reshape(columns // size, 4, key_rows // 16, 4)
     for group, t, step, i in np.ndindex(*keys.shape):
         assert keys[group, t, step, i] == scales[0, 16 * step + 2 * t + 8 * (i >> 1) + (i & 1), group]
-    others = flat[key_rows * columns // 32 :].reshape(rows // 16, 8, columns // 64, 2, 2)
-    for block, g, k64, half, row8 in np.ndindex(*others.shape):
-        assert others[block, g, k64, half, row8] == scales[0, key_rows + 16 * block + g + 8 * row8, 2 * k64 + half]
+    others = flat[key_rows * columns // size :].reshape(rows // 16, 8, columns // size, 2)
+    for block, g, group, row8 in np.ndindex(*others.shape):
+        assert others[block, g, group, row8] == scales[0, key_rows + 16 * block + g + 8 * row8, group]
 
 
 def test_it_survives_jit_and_head_slices(rng):
@@ -97,11 +101,14 @@ def test_it_survives_jit_and_head_slices(rng):
     np.testing.assert_array_equal(linear.to_packed()[0], packed[0])
 
 
-@pytest.mark.parametrize("byte", [129, 200, 254, 255])
-def test_scales_beyond_the_kernels_are_refused(byte):
-    scales = np.full((1, 64, 2), 120, np.uint8)
+@pytest.mark.parametrize(
+    ("format", "byte"),
+    [("mxfp4", 129), ("mxfp4", 200), ("mxfp4", 254), ("mxfp4", 255)] + [("nvfp4", 127), ("nvfp4", 128)],
+)
+def test_scales_beyond_the_kernels_are_refused(format, byte):
+    scales = np.full((1, 64, {"mxfp4": 2, "nvfp4": 4}[format]), 120, np.uint8)
     scales[0, 5, 1] = byte
-    w = FP4Array.from_packed(np.zeros((1, 64, 32), np.uint8), scales)
+    w = FP4Array.from_packed(np.zeros((1, 64, 32), np.uint8), scales, format=format)
     with pytest.raises(ValueError, match=f"largest is {byte}"):
         w.in_fragment_order()
 
@@ -109,7 +116,7 @@ def test_scales_beyond_the_kernels_are_refused(byte):
 @pytest.mark.parametrize(
     ("shape", "group", "key_rows", "names"),
     [((1, 96, 64), 32, 0, "other rows"), ((1, 128, 64), 32, 32, "key rows"), ((1, 64, 96), 32, 0, "columns")]
-    + [((1, 64, 64), 16, 0, "groups"), ((2, 1, 64, 64), 32, 0, "axes"), ((1, 64, 64), 32, 128, "other rows")],
+    + [((1, 64, 64), 64, 0, "groups"), ((2, 1, 64, 64), 32, 0, "axes"), ((1, 64, 64), 32, 128, "other rows")],
 )
 def test_what_it_cannot_hold_is_named(shape, group, key_rows, names):
     assert names in unsupported(shape, group, FragmentOrder(key_rows))

@@ -116,10 +116,11 @@ def test_kernels_stay_within_their_operands(can_run, contract, case, rng):
 @gpu
 @on(None, *PREFERENCE)
 @pytest.mark.parametrize("contract", ["rows", "columns"])
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_code_under_every_scale(can_run, dtype, contract):
+def test_every_code_under_every_scale(can_run, dtype, format, contract):
     with may_decline(can_run):
-        checks.check_codes(can_run, dtype, contract, flushes=False)
+        checks.check_codes(can_run, dtype, contract, flushes=False, format=format)
 
 
 @gpu
@@ -132,10 +133,10 @@ def test_twenty_repeats_are_equal(can_run, case, rng):
 
 @gpu
 @on(*KERNELS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rows_do_not_depend_on_their_batch(can_run, dtype, rng):
+@pytest.mark.parametrize("kind", [("bfloat16",), ("float32",), ("bfloat16", "nvfp4")], ids="-".join)
+def test_rows_do_not_depend_on_their_batch(can_run, kind, rng):
     with may_decline(can_run):
-        checks.check_batch_invariance(can_run, Case(129, 4, 192, 128, 512, dtype), rng, BATCHES[1:-1])
+        checks.check_batch_invariance(can_run, Case(129, 4, 192, 128, 512, *kind), rng, BATCHES[1:-1])
 
 
 @gpu
@@ -309,7 +310,8 @@ def test_the_checks_pass_on_a_cpu(implementation, rng):
 @pytest.mark.parametrize("contract", ["rows", "columns"])
 def test_the_checks_of_bounds_and_codes_pass_on_a_cpu(contract, rng):
     checks.check_confined(INTERPRET, TINY, contract, rng, adjacent=False)
-    checks.check_codes(XLA, "float32", contract, flushes=True)
+    for format in ("mxfp4", "nvfp4"):
+        checks.check_codes(XLA, "float32", contract, flushes=True, format=format)
 
 
 def test_the_check_of_batch_invariance_passes_on_a_cpu(rng):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # design.md, "Layers": each line may import from the lines above it and from its own; a package stands for all of
 # its modules. "pallas_kernels" is the floor.
 LAYERS = [
-    ["errors", "einsum", "formats"],
+    ["errors", "einsum", "formats", "norm"],
     ["config"],
     ["sharding"],
     ["cache", "rope", "scale_search"],

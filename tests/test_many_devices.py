@@ -393,6 +393,16 @@ def test_fragment_order_is_made_shard_by_shard(x):
         np.testing.assert_array_equal(run(reordered, wide)[0], run(layer, wide)[0])
 
 
+def test_a_global_scale_belongs_to_every_shard():
+    config = small_config(
+        hidden_size=128, num_attention_heads=4, qk_nope_head_dim=64, v_head_dim=64, kv_lora_rank=128, q_lora_rank=64
+    )
+    plain, sharding = make_layer(config, kv_b_format="nvfp4"), MLASharding(mesh(), heads="t")
+    w = spread(plain, sharding).weights.kv_b_proj
+    assert w.global_scale is not None
+    same(ordered(w, "kv_b_proj", 64, sharding), plain.weights.kv_b_proj.in_fragment_order(64))
+
+
 def same(a: FP4Array, b: FP4Array) -> None:
     assert a.order == b.order
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):

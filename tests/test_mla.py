@@ -145,6 +145,22 @@ def test_ragged_prompts_and_inactive_rows(rng, page_size):
         np.testing.assert_array_equal(np.asarray(cache.pages)[own], before.pages[own])
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25, 8.0])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_an_e4m3_cache_with_a_scale(rng, page_size, scale):
+    """Prefill and decode on it; entries off by at most 2^-4 of themselves move a result by less than that."""
+    layer = make_layer(small_config())
+    x = inputs(rng, 2, 14, layer.config)
+    exact = np.stack([oracle_layer(layer, np.asarray(row))[0] for row in x])
+    how = {"page_size": page_size, "dtype": jnp.float8_e4m3fn, "entries_scale": scale}
+    first, cache = layer.prefill(x[:, :9], layer.init_cache(2, 14, **how))
+    rest, cache = layer.decode(x[:, 9:], cache)
+    error = np.concatenate([first, rest], axis=1) - exact
+    for part, whole in ((error[:, :9], exact[:, :9]), (error[:, 9:], exact[:, 9:])):
+        assert 0 < np.sqrt((part**2).mean()) < 2.0**-4 * np.sqrt((whole**2).mean())
+    assert cache.entries_scale == scale and cache.dtype == jnp.float8_e4m3fn
+
+
 def test_padding_anywhere_is_not_there(rng):
     layer = make_layer(small_config(rope=YARN))
     x = inputs(rng, 3, 8, layer.config)

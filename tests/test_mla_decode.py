@@ -28,6 +28,8 @@ CASES = (
     Case((130, 7), tokens=4, capacity=512),
     Case((0, 17, 130), page=16, cache_dtype="float8_e4m3fn"),
     Case((0, 17, 130), tokens=2, cache_dtype="float8_e4m3fn"),
+    Case((0, 17, 130), page=64, cache_dtype="float8_e4m3fn", entries_scale=4.0),
+    Case((90, 17, 128), cache_dtype="float8_e4m3fn", entries_scale=2.0**-5),
 )
 
 

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layers import make_layer, small_config
 from mla_decode_cases import SCALE, Case, build, check, one_key_of_every_code, run_steps
 
+from mla_fp4_jax import MLAAttention, mla_prefill
 from mla_fp4_jax.ops import implementations, mla_decode
 
 pytestmark = pytest.mark.gpu
@@ -28,6 +30,8 @@ E4M3_CASES = [
     (full((0, 15, 16, 17, 300, 512), heads=128, page=16, bad_pages=True), 256),
     (full((512, 9), tokens=8, heads=128, page=64), 256),
     (full((4096, 3000, 1, 0), heads=20, page=64), 1024),
+    (full((300, 129, 1), heads=16, page=64, entries_scale=4.0), 256),
+    (full((300, 129, 1), heads=128, entries_scale=2.0**-5), None),
 ]
 CASES = [
     (full((256, 256), heads=64), None),
@@ -145,6 +149,37 @@ def test_a_thousand_steps_are_one_prefill(implementation, rng):
     built = build(case, rng)
     check(*run_steps(built, implementation=implementation, split_size=256), case, built)
     check(*run(built, implementation="xla", split_size=None), case, built)
+
+
+def soak(implementation, rng, steps):
+    """Decode step by step with x and cache donated; each tenth of the steps against one float32 prefill."""
+    config = small_config(kv_lora_rank=512, qk_rope_head_dim=64, num_attention_heads=16, qk_nope_head_dim=32)
+    layer = make_layer(config, dtype=jnp.bfloat16, attention_implementation=implementation)
+    x = jnp.asarray(rng.standard_normal((2, steps, config.hidden_size)), jnp.bfloat16)
+    empty = layer.init_cache(2, steps, page_size=64, dtype=jnp.float32)
+    prefill = functools.partial(
+        mla_prefill, config=config, dtype=jnp.float32, implementation="xla", attention_implementation="xla"
+    )
+    exact, _ = jax.jit(prefill)(layer.weights, x.astype(jnp.float32), empty)
+    step = jax.jit(MLAAttention.decode, donate_argnames=("x", "cache"))
+    cache, outputs = layer.init_cache(2, steps, page_size=64), []
+    where = cache.pages.unsafe_buffer_pointer()
+    for t in range(steps):
+        y, cache = step(layer, x[:, t : t + 1], cache)
+        outputs.append(y)
+    assert cache.length.tolist() == [steps, steps] and cache.pages.unsafe_buffer_pointer() == where
+    y = np.asarray(jnp.concatenate(outputs, axis=1).astype(jnp.float32))
+    for ours, theirs in zip(
+        np.array_split(y, 10, axis=1), np.array_split(np.asarray(exact), 10, axis=1), strict=True
+    ):
+        # What a bf16 layer may differ from the float32 one, relative root mean square.
+        assert np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)) <= 0.015
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_thousand_steps_of_a_layer_are_one_prefill(implementation, rng):
+    needs(implementation)
+    soak(implementation, rng, 1000)
 
 
 def test_the_fastest_is_chosen_and_right(rng):

@@ -27,6 +27,7 @@ CASES = [
     Case((65, 64, 63), 64, heads=1, P=48, V=64, R=32),
     Case((50, 20), 20, R=0),
     Case((31,), 31, page=1, capacity=40),
+    Case((40, 1, 0, 33), 20, page=16, e4m3_scale=0.125),
 ]
 
 

@@ -47,7 +47,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path):
             assert "not timed" in row["error"] and "us" not in row and "ms_per_token" not in row
 
 
-def made_from(a: float, b: float, c: float, latency: float, rate: float) -> dict:
+def made_from(a: float, b: float, c: float, latency: float, rate: float, packed: bool = False) -> dict:
     """A scaling result that follows the plan's formula exactly."""
     gpu, n, rows = GPUS["H100"], 2, []
     for sequences in (1, 16, 128):
@@ -59,17 +59,22 @@ def made_from(a: float, b: float, c: float, latency: float, rate: float) -> dict
     for kind, sequences, keys in points:
         layout = {"one": Layout(), "TP": Layout(heads=n), "DP": Layout(batch=n), "CP": Layout(context=n)}[kind]
         part = share(DEEPSEEK_V3, layout, sequences * layout.batch, keys)
-        seconds = a * part.projections_s(gpu, {"kv_b_proj": "fp4"}) + b * part.attention_s(gpu) + c
+        seconds = (
+            a * part.projections_s(gpu, {"kv_b_proj": "fp4"}, "fp4" if packed else "bf16")
+            + b * part.attention_s(gpu)
+            + c
+        )
         seconds += latency + part.exchanged / rate if part.group == 2 else 0
         rows.append({"kind": kind, "sequences": sequences, "keys": keys, "us": 1e6 * seconds})
     environment = {"device": "NVIDIA H100 80GB HBM3"}
-    return {"environment": environment, "options": {"packed": False}, "devices": n, "rows": rows}
+    return {"environment": environment, "options": {"packed": packed}, "devices": n, "rows": rows}
 
 
 def test_a_plan_recovers_what_its_data_were_made_from():
-    model, lines = plan.calibrate(made_from(1.3, 1.7, 2e-5, 9e-6, 2e11), GPUS["H100"])
+    truth = (1.3, 1.7, 2e-5, 9e-6, 2e11)
+    model, lines = plan.calibrate([made_from(*truth), made_from(*truth, packed=True)], GPUS["H100"])
     found = model.projections, model.attention, model.overhead, model.latency, model.rate
-    assert found == pytest.approx((1.3, 1.7, 2e-5, 9e-6, 2e11), rel=1e-6)
+    assert found == pytest.approx(truth, rel=1e-6)
     assert "largest 0 %" in "\n".join(lines)
 
 
@@ -78,7 +83,7 @@ def test_a_coefficient_is_never_negative():
     for row in result["rows"]:
         if row["kind"] in plan.KINDS:
             row["us"] -= 15  # what a negative overhead would fit
-    model, _ = plan.calibrate(result, GPUS["H100"])
+    model, _ = plan.calibrate([result], GPUS["H100"])
     assert min(model.projections, model.attention, model.overhead) >= 0
 
 
@@ -101,3 +106,11 @@ def test_the_plans_bytes_are_those_of_the_models():
         assert row["step_ms"]["fp4"] <= row["step_ms"]["bf16"]
     text = plan.page(plan.Model(GPUS["H100"]), rows, [])
     assert "Not calibrated" in text and "## Kimi-K2, 512 GPUs" in text
+
+
+def test_a_plan_refuses_what_does_not_belong_together():
+    one, other = made_from(1.3, 1.7, 2e-5, 9e-6, 2e11), made_from(1.3, 1.7, 2e-5, 9e-6, 2e11)
+    with pytest.raises(SystemExit, match="equal hosts"):
+        plan.calibrate([one, {**other, "devices": 4}], GPUS["H100"])
+    with pytest.raises(SystemExit, match="--small"):
+        plan.calibrate([one, {**other, "options": {"small": True}}], GPUS["H100"])

@@ -138,7 +138,7 @@ def _choose(x: Array, w: FP4Array, call: _Call) -> tuple[str, str]:
     for name in implementations.PREFERENCE:
         reason = _why_not(name, x, w, call)
         if reason is None:
-            return name, "; ".join(reasons)
+            return name, " ".join(reasons)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla runs everywhere")
 
@@ -176,7 +176,7 @@ def _run(x: Array, w: FP4Array, *, name: str, call: _Call) -> Array:
         return fp4_bmm_xla(used, part, call.contract, out_dtype=call.out_dtype)
     if name == MOSAIC:
         assert w.order is not None
-        return mosaic.fp4_bmm_mosaic_gpu(x, w.packed, w.scales, w.order, **operands)
+        return mosaic.fp4_bmm_mosaic_gpu(x, w.packed, w.scales, w.order, w.global_scale, **operands)
     return triton.fp4_bmm_triton(
         x,
         w.packed,

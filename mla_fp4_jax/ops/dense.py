@@ -15,12 +15,12 @@ from pallas_kernels.fp4_dequantize_mosaic_gpu import fp4_dequantize_mosaic_gpu, 
 
 
 def fp4_dense(w: FP4Array, dtype: DTypeLike) -> Float[Array, "*rows C"]:
-    """FP4Array.dequantize, by a kernel that reads fragment order where there is one (bfloat16, a Hopper GPU).
+    """FP4Array.dequantize, by a kernel that reads MXFP4 in fragment order (bfloat16, a Hopper GPU).
 
     The values are the same bit for bit. The kernel writes the matrix in one pass; XLA alone makes several, since it
     has to put fragments into rows first.
     """
-    if w.order is None or w.ndim not in (2, 3) or jnp.dtype(dtype) != jnp.bfloat16:
+    if w.order is None or w.format != "mxfp4" or w.ndim not in (2, 3) or jnp.dtype(dtype) != jnp.bfloat16:
         return w.dequantize(dtype)
     if implementations.why_not(implementations.MOSAIC) or unsupported(w.shape):
         return w.dequantize(dtype)

@@ -98,6 +98,8 @@ def _why_not(x: Array, w: FP4Array, out_dtype: jnp.dtype) -> str | None:
     reason = implementations.why_not(MOSAIC)
     if reason is not None:
         return reason
+    if w.format != "mxfp4":
+        return f"it takes MXFP4; w is {w.format}."
     if w.order != FragmentOrder(0):
         return "w is not in fragment order without key rows; see FP4Array.in_fragment_order."
     if x.dtype != jnp.bfloat16 or out_dtype not in (jnp.bfloat16, jnp.float32):

@@ -64,7 +64,8 @@ def mla_decode(
 
     Args:
         q: latent queries then rotated rope queries, L + R columns; T new tokens, 1 or a few speculated.
-        cache: keys (all L + R columns) and values (the first L), the new tokens' own entries included.
+        cache: keys (all L + R columns) and values (the first L), the new tokens' own entries included; in units of
+            its entries_scale, which goes into the scores' scale and the output's normalisation.
         visible: query (b, t) sees the slots 0 .. visible[b, t] - 1 that the cache holds; 0 for a query that takes
             no part. For causal decoding: length - T + 1 + t.
         scale: the softmax scale, > 0.
@@ -124,7 +125,7 @@ def _choose(q: Array, cache: Cache, implementation: str | None) -> tuple[str, st
     for name in implementations.PREFERENCE:
         reason = _why_not(name, q, cache)
         if reason is None:
-            return name, "; ".join(reasons)
+            return name, " ".join(reasons)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla runs everywhere")
 
@@ -154,12 +155,15 @@ def _run(q: Array, cache: Cache, visible: Array, *, name: str, scale: float, spl
     if name == MOSAIC:
         from pallas_kernels import mla_decode_mosaic_gpu as mosaic
 
-        out, lse = mosaic.mla_decode_mosaic_gpu(*operands, scale=scale, split_size=split_size)
+        out, lse = mosaic.mla_decode_mosaic_gpu(
+            *operands, scale=scale, entries_scale=cache.entries_scale, split_size=split_size
+        )
     else:
         out, lse = triton.mla_decode_triton(
             *operands,
             kv_lora_rank=cache.kv_lora_rank,
             scale=scale,
+            entries_scale=cache.entries_scale,
             split_size=split_size,
             interpret=name == INTERPRET,
         )

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mla_fp4_jax import attention
-from mla_fp4_jax.cache import Cache, PagedLatentCache
+from mla_fp4_jax.cache import Cache, PagedLatentCache, numbers
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
 from pallas_kernels import mla_prefill_triton as triton
@@ -115,7 +115,7 @@ def _run(
     call: Any = functools.partial(_kernel, q, name=name, scale=scale, v_head_dim=v_head_dim)
 
     def part(index: int | Array, out_dtype: DTypeLike) -> tuple[Array, Array]:
-        entries = _block(cache, index, size).astype(q.dtype)
+        entries = numbers(_block(cache, index, size), cache, q.dtype)
         kv = expand(entries[..., : cache.kv_lora_rank])
         k_rope = entries[..., cache.kv_lora_rank :]
         return call(kv, k_rope, jnp.clip(visible - index * size, 0, size), out_dtype=out_dtype)
@@ -202,7 +202,7 @@ def _choose(q, cache, kv_shape, v_head_dim, implementation) -> tuple[str, str]:
         if reason is None and name != XLA and not _confirmed(name, q, kv_shape, v_head_dim):
             reason = "on such operands it has not run on a GPU; name it to use it."
         if reason is None:
-            return name, "; ".join(reasons)
+            return name, " ".join(reasons)
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla runs everywhere")
 

@@ -1,0 +1,91 @@
+"""fp4_bmm as k_up_proj and v_up_proj: tables by batch and shape, and the plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import matmul
+from bench.report.markdown import row, rule
+
+
+def times(rows: list[dict], key: str, shape: str | None = None) -> dict[tuple[str, str, int], float]:
+    """(name, op, batch) -> microseconds."""
+    here = [r for r in rows if key in r and (shape is None or r.get("shape", shape) == shape)]
+    return {(r["name"], r["op"], r["batch"]): r[key] for r in here}
+
+
+def pair(found: dict, name: str, batch: int) -> str:
+    cells = [f"{found[name, op, batch]:.2f}" for op in (*matmul.OPS, "both") if (name, op, batch) in found]
+    return " / ".join(cells) or "-"
+
+
+def section(result: dict) -> str:
+    """DeepSeek-V3's products by batch."""
+    shape = str(matmul.DEEPSEEK_V3)
+    kernel, call = times(result["rows"], "kernel_us", shape), times(result["rows"], "call_us", shape)
+    ceiling = result["ceilings"]
+    lines = [
+        "k_up_proj / v_up_proj of DeepSeek-V3 (H=128, P=V=128, L=512), bfloat16 in and out, cold weights, in us.",
+        f'"Kernel" is CUPTI\'s time. Reading the {ceiling["touch_bytes"] / 1e6:.2f} MB of one packed weight once and '
+        f"nothing else takes {ceiling['touch_us']:.2f}.",
+        "",
+        *rule("B", "`mosaic_gpu`", "`triton`", "XLA bf16", "Triton dot_scaled", "Triton W8A8", "cuBLAS bf16"),
+    ]
+    names = (matmul.MOSAIC, matmul.TRITON, matmul.DENSE, "triton dot_scaled", "triton w8a8", "cublas bf16")
+    lines += [row(batch, *(pair(kernel, name, batch) for name in names)) for batch in matmul.BATCHES]
+    lines += [
+        "",
+        '"Call" is what a decode loop pays for one: in JAX the mean of both products in a chain of them in one',
+        "jitted, donated loop; in torch the time of a node in a CUDA graph (k_up / v_up).",
+        "",
+        *rule("B", "`mosaic_gpu`", "XLA bf16", "Triton dot_scaled", "Triton W8A8", "cuBLAS bf16"),
+    ]
+    names = (matmul.MOSAIC, matmul.DENSE, "triton dot_scaled", "triton w8a8", "cublas bf16")
+    lines += [row(batch, *(pair(call, name, batch) for name in names)) for batch in matmul.BATCHES]
+    lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)"]
+    return "\n".join(lines)
+
+
+def shapes_section(result: dict) -> str:
+    """XLA bf16's kernel time over mosaic_gpu's: above 1 FP4 is faster."""
+    rows = result["rows"]
+    batches = sorted(matmul.OTHER_BATCHES)
+    lines = [
+        "Other shapes: kernel time of XLA bf16 over that of `mosaic_gpu`, k_up / v_up; above 1 FP4 is faster.",
+        "",
+        *rule("shape", *(f"B = {batch}" for batch in batches)),
+    ]
+    for shape in map(str, matmul.OTHER_SHAPES):
+        found = times([r for r in rows if r.get("shape") == shape], "kernel_us")
+        cells = []
+        for batch in batches:
+            keys = [((matmul.DENSE, op, batch), (matmul.MOSAIC, op, batch)) for op in matmul.OPS]
+            ratios = [f"{found[dense] / found[own]:.2f}" for dense, own in keys if dense in found and own in found]
+            cells.append(" / ".join(ratios) or "-")
+        lines.append(row(shape, *cells))
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Kernel time against batch, with the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shape = matmul.DEEPSEEK_V3
+    kernel = times(result["rows"], "kernel_us", str(shape))
+    rate = result["ceilings"]["touch_bytes"] / result["ceilings"]["touch_us"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, op in zip(axes, matmul.OPS, strict=True):
+        for name in dict.fromkeys(name for name, _, _ in kernel):
+            points = [(batch, kernel[name, op, batch]) for batch in matmul.BATCHES if (name, op, batch) in kernel]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        floor = [shape.floor_bytes(op, batch) / rate for batch in matmul.BATCHES]
+        axis.plot(matmul.BATCHES, floor, "k:", label="bytes at the touch rate")
+        axis.set(title=op, xlabel="B", xscale="log", yscale="log")
+    axes[0].set_ylabel("kernel, us")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
