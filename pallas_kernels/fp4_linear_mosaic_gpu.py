@@ -19,8 +19,10 @@ from pallas_kernels.fp4_linear_tiles import Config, Problem, check_config
 from pallas_kernels.fp4_linear_wgmma import program
 from pallas_kernels.fragments import BLOCK
 
-# The kernel decodes its weights again for every 128 tokens or so; with more tokens than these it pays to decode them
-# once, to memory, and leave the product to a library. Measured on an H100 (bench/linear.py).
+AnyConfig = Config | many.Config
+# With more tokens than these a weight is decoded once, to memory, and a library does the product. Up to here that is
+# slower on an H100: decoding DeepSeek-V3's linears to memory takes 13, 34 and 100 us, near what their bytes take, beside
+# products of 29, 53 and 148 (bench/linear.py). Above, nobody has measured.
 MOST_TOKENS = 512
 # Up to so many, a token's bits do not depend on their number: the contraction is split by the weight's shape alone.
 INVARIANT_TOKENS = 64
@@ -32,7 +34,7 @@ _ENOUGH_WARPGROUPS = 220  # that stream weights, on the whole GPU: not quite two
 _LONG_PART = 32  # blocks of a part from which on a CTA's warpgroups had better share x
 _DIRECT_PART = 16  # blocks of a part that a thread's registers hold
 _ENOUGH_CTAS = 100
-# What many tokens cost, in cycles, as fitted to the sweep in bench/results (within 15 % for most of it).
+# What more tokens cost, in cycles, as fitted to the sweep in bench/results (within 15 % for most of it).
 _CTA_CYCLES = 9000  # to fill the ring, and to store
 _EXCHANGE_CYCLES_PER_BYTE = 0.15  # of a cluster's partial results
 _L2_BYTES_PER_CYCLE = 3200  # of x, for all SMs
@@ -50,7 +52,7 @@ def fp4_linear_mosaic_gpu(
     second: tuple[UInt8[Array, "N2 half"], UInt8[Array, "N2 groups"]] | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
-    config: Config | many.Config | None = None,
+    config: AnyConfig | None = None,
 ) -> Float[Array, "M N_all"]:
     """out[m, n] = sum_k x[m, k] A[n, k], accumulated in float32.
 
@@ -122,7 +124,7 @@ def default_split(outputs: int, contraction: int) -> int:
     return split
 
 
-def default_config(problem: Problem) -> Config | many.Config:
+def default_config(problem: Problem) -> AnyConfig:
     """Tiles for a problem, from measurements on an H100 (bench/results).
 
     But for `split`, no choice changes a bit of the result. Few tokens: as many warpgroups in a CTA, since they share
