@@ -21,7 +21,7 @@ from pallas_kernels.fragments import BLOCK
 
 AnyConfig = Config | many.Config
 # With more tokens than these a weight is decoded once, to memory, and a library does the product. Up to here that is
-# slower on an H100: decoding DeepSeek-V3's linears to memory takes 13, 34 and 100 us, near what their bytes take, beside
+# slower on an H100: decoding DeepSeek-V3's linears to memory takes 13, 34 and 100 us, which their bytes need, beside
 # products of 29, 53 and 148 (bench/linear.py). Above, nobody has measured.
 MOST_TOKENS = 512
 # Up to so many, a token's bits do not depend on their number: the contraction is split by the weight's shape alone.
@@ -38,8 +38,9 @@ _ENOUGH_CTAS = 100
 _CTA_CYCLES = 9000  # to fill the ring, and to store
 _EXCHANGE_CYCLES_PER_BYTE = 0.15  # of a cluster's partial results
 _L2_BYTES_PER_CYCLE = 3200  # of x, for all SMs
-_MANY_TOKENS = 256  # from which on fp4_linear_many.py is quicker, as is what it costs
-_MANY_CTA_CYCLES, _MANY_EXCHANGE_CYCLES = 8000, 4000
+_MANY_TOKENS = 256  # from which on fp4_linear_many.py is quicker; what that costs, fitted likewise
+_MANY_CTA_CYCLES = 8600
+_MANY_CYCLES_PER_PART, _MANY_CYCLES_PER_TOKEN = 1000, 60  # of partial results
 _GPCS, _GPC_SMS = 8, 16  # of an H100, at least: a cluster's CTAs run in one
 
 
@@ -186,19 +187,26 @@ def _cycles(problem: Problem, config: Config) -> float:
 
 
 def _many(problem: Problem) -> many.Config:
-    tokens = _round_up(-(-problem.batch // -(-problem.batch // _MANY_TOKENS)), 8)
     pairs = problem.contraction // (2 * BLOCK)
-    choices = [many.Config(split, tokens, slots=6) for split in range(1, min(8, pairs) + 1)]
+    fewest = -(-problem.batch // _MANY_TOKENS)
+    choices = [
+        many.Config(split, _round_up(-(-problem.batch // tiles), 8), slots=6)
+        for tiles in range(fewest, fewest + 3)
+        for split in range(1, min(8, pairs) + 1)
+    ]
     return min(choices, key=lambda config: _many_cycles(problem, config))
 
 
 def _many_cycles(problem: Problem, config: many.Config) -> float:
     """About how long: waves of clusters, each as long as its products and what comes before and after them."""
-    at_once = _SMS if config.split == 1 else _GPC_SMS // config.split * _GPCS
+    split, tokens = config.split, config.tokens
+    at_once = _SMS if split == 1 else _GPC_SMS // split * _GPCS
     waves = -(-many.clusters(problem, config) // at_once)
-    blocks = 2 * -(-problem.contraction // (2 * BLOCK * config.split))
-    exchange = _MANY_EXCHANGE_CYCLES if config.split > 1 else 0
-    return waves * (4 * config.tokens * blocks + _MANY_CTA_CYCLES + exchange)
+    blocks = 2 * -(-problem.contraction // (2 * BLOCK * split))
+    cycles = 4 * (tokens + 8) * blocks + _MANY_CTA_CYCLES
+    if split > 1:
+        cycles += _MANY_CYCLES_PER_PART * split + _MANY_CYCLES_PER_TOKEN * tokens * (split - 1) / split
+    return waves * cycles
 
 
 def _with_fitting_slots(problem: Problem, config: Config) -> Config:

@@ -46,8 +46,8 @@ def fp4_linear(
         w: scale groups lie along C.
         preferred_element_type: of the result; None for x's.
         implementation: see fp4_bmm, whose numerics and errors these are. "mosaic_gpu" takes w in fragment order
-            (FP4Array.in_fragment_order) and x in bfloat16. Up to mosaic.MOST_TOKENS tokens go through kernels that decode
-            on their way; with more, w is decoded once for this call and a library's matmul does the rest.
+            (FP4Array.in_fragment_order) and x in bfloat16. Up to mosaic.MOST_TOKENS tokens go through kernels that
+            decode on their way; with more, w is decoded once for this call and a library's matmul does the rest.
         config: tiles of such a kernel, which is then used for any number of tokens; None for the default.
 
     Numerics:
