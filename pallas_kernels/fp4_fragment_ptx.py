@@ -80,3 +80,24 @@ def e4m3_pair(ptx: Ptx, constants: Constants, word: str, low: int, high: int, in
 def multiply(ptx: Ptx, register: str, factor: str) -> None:
     """register *= factor, as bfloat16 pairs; exact here: two significant bits times a power of two or four bits."""
     ptx(f"mul.rn.bf16x2 {register}, {register}, {factor};")
+
+
+def decode_block(
+    ptx: Ptx,
+    constants: Constants,
+    words: Sequence[str],
+    scale: str,
+    factors: Sequence[str],
+    into: Sequence[Sequence[str]],
+) -> None:
+    """A block's four words to the fragments of its four k steps, its (biased) scales folded in; not of key rows.
+
+    factors are two registers to work with.
+    """
+    for step in range(4):
+        decode_word(ptx, constants, words[step], into[step])
+        if step % 2 == 0:  # a factor for each of the thread's two rows, the same for 32 k
+            scale_pair(ptx, scale, step, step, factors[0])
+            scale_pair(ptx, scale, step + 1, step + 1, factors[1])
+        for p, register in enumerate(into[step]):
+            multiply(ptx, register, factors[p & 1])

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels import fp4_linear_direct as direct
+from pallas_kernels import fp4_linear_many as many
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels.fp4_bmm_tiles import SHARED_MEMORY_BYTES
 from pallas_kernels.fp4_linear_tiles import Config, Problem, check_config
 from pallas_kernels.fp4_linear_wgmma import program
 from pallas_kernels.fragments import BLOCK
 
-# The kernel decodes its weights again for every 128 tokens or so; with more tokens than these it pays to decode them
-# once, to memory, and leave the product to a library. Measured on an H100 (bench/linear.py).
+AnyConfig = Config | many.Config
+# With more tokens than these a weight is decoded once, to memory, and a library does the product. Up to here that is
+# slower on an H100: decoding DeepSeek-V3's linears to memory takes 13, 34 and 100 us, which their bytes need, beside
+# products of 29, 53 and 148 (bench/linear.py). Above, nobody has measured.
 MOST_TOKENS = 512
 # Up to so many, a token's bits do not depend on their number: the contraction is split by the weight's shape alone.
 INVARIANT_TOKENS = 64
@@ -26,12 +30,18 @@ _MIN_K = 2 * BLOCK
 _INT32_BYTES = 2**31
 _SMS = 132  # of an H100
 _FEW_TOKENS = 16
-_ENOUGH_WARPGROUPS = 256  # that stream weights, on the whole GPU: about two for each of its SMs
+_ENOUGH_WARPGROUPS = 220  # that stream weights, on the whole GPU: not quite two for each of its SMs
+_LONG_PART = 32  # blocks of a part from which on a CTA's warpgroups had better share x
+_DIRECT_PART = 16  # blocks of a part that a thread's registers hold
 _ENOUGH_CTAS = 100
-# What many tokens cost, in cycles, as fitted to the sweep in bench/results (within 15 % for most of it).
+# What more tokens cost, in cycles, as fitted to the sweep in bench/results (within 15 % for most of it).
 _CTA_CYCLES = 9000  # to fill the ring, and to store
 _EXCHANGE_CYCLES_PER_BYTE = 0.15  # of a cluster's partial results
 _L2_BYTES_PER_CYCLE = 3200  # of x, for all SMs
+_MANY_TOKENS = 256  # from which on fp4_linear_many.py is quicker; what that costs, fitted likewise
+_MANY_CTA_CYCLES = 8600
+_MANY_CYCLES_PER_PART, _MANY_CYCLES_PER_TOKEN = 1000, 60  # of partial results
+_GPCS, _GPC_SMS = 8, 16  # of an H100, at least: a cluster's CTAs run in one
 
 
 # Jitted, so that a program of many equal calls lowers one.
@@ -43,7 +53,7 @@ def fp4_linear_mosaic_gpu(
     second: tuple[UInt8[Array, "N2 half"], UInt8[Array, "N2 groups"]] | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
-    config: Config | None = None,
+    config: AnyConfig | None = None,
 ) -> Float[Array, "M N_all"]:
     """out[m, n] = sum_k x[m, k] A[n, k], accumulated in float32.
 
@@ -68,12 +78,25 @@ def fp4_linear_mosaic_gpu(
         return jnp.zeros((0, outputs), out_dtype)
     problem = Problem(batch, outputs, 2 * codes.shape[1], jnp.dtype(out_dtype).itemsize, first)
     config = default_config(problem) if config is None else config
-    check_config(problem, config)
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
+    out_shape = jax.ShapeDtypeStruct((batch, outputs), out_dtype)
+    if isinstance(config, many.Config):
+        many.check_config(problem, config)
+        return mosaic_kernel(
+            functools.partial(many.program, problem, config),
+            out_shape=out_shape,
+            grid=many.clusters(problem, config),
+            warpgroups=many.WARPGROUPS,
+            shared_memory_bytes=many.shared_memory_bytes(config),
+            cluster=many.cluster(config),
+            optional=0 if second is None else 2,
+            maps={0: many.box(config)},
+        )(x, codes, scales, *(second or ()))
+    check_config(problem, config)
     return mosaic_kernel(
-        functools.partial(program, problem, config),
-        out_shape=jax.ShapeDtypeStruct((batch, outputs), out_dtype),
+        functools.partial(direct.program if config.direct else program, problem, config),
+        out_shape=out_shape,
         grid=tiling.clusters(problem, config),
         warpgroups=config.warpgroups,
         shared_memory_bytes=tiling.shared_memory_bytes(config),
@@ -102,13 +125,15 @@ def default_split(outputs: int, contraction: int) -> int:
     return split
 
 
-def default_config(problem: Problem) -> Config:
+def default_config(problem: Problem) -> AnyConfig:
     """Tiles for a problem, from measurements on an H100 (bench/results).
 
     But for `split`, no choice changes a bit of the result. Few tokens: as many warpgroups in a CTA, since they share
-    x, as leave a CTA for most SMs. Many: what a model of the cost says.
+    x, as leave a CTA for most SMs. More: what a model of the cost says.
     """
-    return _few(problem) if problem.batch <= INVARIANT_TOKENS else _many(problem)
+    if problem.batch <= INVARIANT_TOKENS:
+        return _few(problem)
+    return _some(problem) if problem.batch <= _MANY_TOKENS else _many(problem)
 
 
 def _few(problem: Problem) -> Config:
@@ -116,22 +141,25 @@ def _few(problem: Problem) -> Config:
     split = default_split(problem.outputs, problem.contraction)
     part = problem.contraction // BLOCK // split
     tokens = _round_up(problem.batch, 8)
-    if tokens <= _FEW_TOKENS and tiles * split <= 3 * _SMS:  # all resident at once
+    alone = 2 * _FEW_TOKENS if split == 1 else _FEW_TOKENS
+    if tokens <= alone and tiles * split <= 3 * _SMS and part <= _LONG_PART:  # all resident at once
         warpgroups = 1
     else:
         fitting = [number for number in (4, 3, 2, 1) if tiles % number == 0]
         warpgroups = next((n for n in fitting if tiles // n * split >= _ENOUGH_CTAS), 1)
+    if warpgroups == 1 and split > 1 and _FEW_TOKENS < tokens <= 2 * _FEW_TOKENS and part <= _DIRECT_PART:
+        return Config(split, tokens, 1, 1, part, 1, push=True, direct=True)
     if warpgroups == 1:  # several CTAs to an SM
-        slots = 3 if tokens > 32 else 4 if split > 1 else 6
+        slots = 3 if tokens > 2 * _FEW_TOKENS else 6 if split == 1 and tokens <= _FEW_TOKENS else 4
         config = Config(split, tokens, 1, 1, 2, slots, push=split > 1 and tokens <= _FEW_TOKENS)
-    elif warpgroups == 4 and tokens <= 32 and part % 4 == 0:
-        config = Config(split, tokens, 4, 1, 4, 4)
+    elif warpgroups % 2 == 0 and tokens <= 2 * _FEW_TOKENS and part % 4 == 0:
+        config = Config(split, tokens, warpgroups, 1, 4, 5 if warpgroups == 2 and tokens <= _FEW_TOKENS else 4)
     else:
-        config = Config(split, tokens, warpgroups, 1, 2, 8)
+        config = Config(split, tokens, warpgroups, 1, 2, 6 if warpgroups == 2 else 8)
     return _with_fitting_slots(problem, config)
 
 
-def _many(problem: Problem) -> Config:
+def _some(problem: Problem) -> Config:
     tiles, blocks = problem.outputs // BLOCK, problem.contraction // BLOCK
     choices = []
     for most_tokens, warpgroups, per_warpgroup in ((128, 2, 2), (128, 3, 1), (256, 2, 1), (128, 1, 1)):
@@ -156,6 +184,29 @@ def _cycles(problem: Problem, config: Config) -> float:
     ctas_cycles = -(-ctas // _SMS) * (products + _CTA_CYCLES + _EXCHANGE_CYCLES_PER_BYTE * exchange)
     x_cycles = 2 * config.tokens * blocks * BLOCK * ctas / _L2_BYTES_PER_CYCLE
     return max(ctas_cycles, x_cycles) + 0.2 * min(ctas_cycles, x_cycles)
+
+
+def _many(problem: Problem) -> many.Config:
+    pairs = problem.contraction // (2 * BLOCK)
+    fewest = -(-problem.batch // _MANY_TOKENS)
+    choices = [
+        many.Config(split, _round_up(-(-problem.batch // tiles), 8), slots=6)
+        for tiles in range(fewest, fewest + 3)
+        for split in range(1, min(8, pairs) + 1)
+    ]
+    return min(choices, key=lambda config: _many_cycles(problem, config))
+
+
+def _many_cycles(problem: Problem, config: many.Config) -> float:
+    """About how long: waves of clusters, each as long as its products and what comes before and after them."""
+    split, tokens = config.split, config.tokens
+    at_once = _SMS if split == 1 else _GPC_SMS // split * _GPCS
+    waves = -(-many.clusters(problem, config) // at_once)
+    blocks = 2 * -(-problem.contraction // (2 * BLOCK * split))
+    cycles = 4 * (tokens + 8) * blocks + _MANY_CTA_CYCLES
+    if split > 1:
+        cycles += _MANY_CYCLES_PER_PART * split + _MANY_CYCLES_PER_TOKEN * tokens * (split - 1) / split
+    return waves * cycles
 
 
 def _with_fitting_slots(problem: Problem, config: Config) -> Config:

@@ -29,6 +29,8 @@ class Config:
         slots: stages in shared memory at once; slots - 2 are being loaded while one is used.
         push: partial results go straight from registers to the CTA that adds them, which is quicker but needs room
             beside the ring; else they meet in the ring's place. For split > 1.
+        direct: codes and scales go straight to registers, all of them at once (fp4_linear_direct.py): one stage of
+            all the blocks of a part, up to 16, in one slot.
     """
 
     split: int
@@ -38,6 +40,7 @@ class Config:
     blocks: int = 4
     slots: int = 4
     push: bool = False
+    direct: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,11 @@ def clusters(problem: Problem, config: Config) -> int:
     return problem.outputs // rows(config) * token_tiles(problem, config)
 
 
+def part_blocks(problem: Problem, config: Config) -> int:
+    """64-k blocks of a CTA."""
+    return problem.contraction // (BLOCK * config.split)
+
+
 def stages(problem: Problem, config: Config) -> int:
     """Stages of a CTA."""
     return problem.contraction // (BLOCK * config.split * config.blocks)
@@ -86,12 +94,14 @@ def x_bytes(config: Config) -> int:
 
 def code_bytes(config: Config) -> int:
     """Of codes in a stage, after x."""
+    if config.direct:
+        return 0
     return config.warpgroups * config.tiles * config.blocks * BLOCK_BYTES
 
 
 def stage_bytes(config: Config) -> int:
     """Of a slot, scales last."""
-    scales = config.warpgroups * config.tiles * config.blocks * BLOCK_SCALE_BYTES
+    scales = 0 if config.direct else config.warpgroups * config.tiles * config.blocks * BLOCK_SCALE_BYTES
     return -(-(x_bytes(config) + code_bytes(config) + scales) // ALIGNMENT) * ALIGNMENT
 
 
@@ -121,12 +131,14 @@ def check_config(problem: Problem, config: Config) -> None:
         "tokens must be a multiple of 8 in 8 .. 256 / tiles": c.tokens % 8 == 0 and 8 <= c.tokens <= 256 // c.tiles,
         "warpgroups must be 1 .. 4": c.warpgroups in (1, 2, 3, 4),
         "tiles must be 1 or 2": c.tiles in (1, 2),
-        "blocks must be 1, 2 or 4 and with tiles an even number": c.blocks in (1, 2, 4)
-        and c.blocks * c.tiles % 2 == 0,
+        "blocks must be 1, 2 or 4 and with tiles an even number": c.direct
+        or (c.blocks in (1, 2, 4) and c.blocks * c.tiles % 2 == 0),
+        "direct must come with one tile and slot, and blocks that are the part's, up to 16": not c.direct
+        or (c.tiles == c.slots == 1 and c.blocks <= 16 and c.blocks == part_blocks(problem, c)),
         "a CTA's outputs must divide N": problem.outputs % rows(c) == 0,
         "a warpgroup's outputs must divide the first weight's": problem.first_outputs % (BLOCK * c.tiles) == 0,
         "split * blocks must divide the 64-k blocks": problem.contraction % (BLOCK * c.split * c.blocks) == 0,
-        "slots must be 3 or more": c.slots >= 3,
+        "slots must be 3 or more": c.direct or c.slots >= 3,
         "push must come with a split": not c.push or c.split > 1,
         "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
     }

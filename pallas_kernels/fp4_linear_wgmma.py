@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES
-from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_word, multiply, scale_pair
+from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
 from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Config, Problem
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import Ptx, vector
 
-_ALL = 1  # named barrier of the whole CTA (Mosaic has 0)
+ALL = 1  # named barrier of the whole CTA (Mosaic has 0)
 # wgmma's descriptor of x (PTX ISA, "Matrix descriptor"): 128-byte swizzle, 1024 bytes from 8 rows to the next.
-_DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
+DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
 
 
 def program(problem: Problem, config: Config) -> str:
@@ -31,10 +31,10 @@ def program(problem: Problem, config: Config) -> str:
 
     Of a second weight below the first: $5 codes, $6 scales.
     """
-    return _Kernel(problem, config).emit()
+    return Kernel(problem, config).emit()
 
 
-class _Kernel:
+class Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
     def __init__(self, problem: Problem, config: Config):
@@ -46,6 +46,7 @@ class _Kernel:
         self.row_bytes = problem.contraction * 2  # of x
 
     def emit(self) -> str:
+        """The program."""
         self._indices()
         self._sources()
         self._destinations()
@@ -56,13 +57,16 @@ class _Kernel:
         if self.c.push:
             self._expect_partial_results()
         self._multiply()
+        self._exchange_and_store()
+        return self.ptx.text()
+
+    def _exchange_and_store(self) -> None:
         if self.c.push:
             self._push_partial_results()
             self._add_pushed_and_store()
         else:
             self._write_partial_results()
             self._add_and_store()
-        return self.ptx.text()
 
     def _indices(self) -> None:
         """This thread's place in the grid (part, token, rank) and in the warpgroup (w, g, t)."""
@@ -111,6 +115,7 @@ class _Kernel:
                 f"selp.b64 {scales}, $6, $2, {self.pred};",
                 f"@{self.pred} sub.u32 {self.tile}, {self.tile}, {p.first_outputs // BLOCK};",
             )
+        self.scale_bytes = scales  # of all
         ptx(
             # codes [tile][block][thread][16 bytes]
             f"mul.wide.u32 {self.wide}, {self.tile}, {k_blocks * BLOCK_BYTES};",
@@ -235,7 +240,7 @@ class _Kernel:
             f"cp.async.wait_group {self.ahead - 1};",
             "fence.proxy.async.shared::cta;",
             # All have this stage, and all have done with the stage before the last: its slot is free.
-            f"bar.sync {_ALL}, {self.threads};",
+            f"bar.sync {ALL}, {self.threads};",
             f"setp.ge.s32 {self.pred}, {stage}, {self.stages - self.ahead};",
             f"@{self.pred} bra {no_more};",
         )
@@ -254,7 +259,7 @@ class _Kernel:
             f"@{self.pred} bra {again};",
             "wgmma.wait_group.sync.aligned 0;",
             "cp.async.wait_group 0;",
-            f"bar.sync {_ALL}, {self.threads};",
+            f"bar.sync {ALL}, {self.threads};",
         )
 
     def _compute(self, slot: str) -> None:
@@ -267,7 +272,7 @@ class _Kernel:
             f"add.u32 {self.tmp}, {self.shared}, {slot};",
             f"shr.u32 {self.tmp}, {self.tmp}, 4;",
             f"cvt.u64.u32 {self.descriptor}, {self.tmp};",
-            f"or.b64 {self.descriptor}, {self.descriptor}, {_DESCRIPTOR};",
+            f"or.b64 {self.descriptor}, {self.descriptor}, {DESCRIPTOR};",
         )
         suffix = f".v{c.blocks}" if c.blocks > 1 else ""
         for tile, words in enumerate(self.scale_words):
@@ -284,27 +289,28 @@ class _Kernel:
                 fragments = self.fragments[unit % 2]
                 unit += 1
                 ptx("wgmma.wait_group.sync.aligned 1;")  # what used these fragments last is complete
-                self._decode(self.words[tile][block], self.scale_words[tile][block], fragments)
-                ptx("wgmma.fence.sync.aligned;")
-                for step in range(4):
-                    offset = (block * c.tokens * SLAB_BYTES + step * 32) // 16
-                    ptx(
-                        f"add.u64 {self.at}, {self.descriptor}, {offset};",
-                        f"wgmma.mma_async.sync.aligned.m64n{c.tokens}k16.f32.bf16.bf16 {vector(self.acc[tile])}, "
-                        f"{vector(fragments[step])}, {self.at}, 1, 1, 1, 0;",
-                    )
-                ptx("wgmma.commit_group.sync.aligned;")
+                decode_block(
+                    ptx,
+                    self.constants,
+                    self.words[tile][block],
+                    self.scale_words[tile][block],
+                    self.factors,
+                    fragments,
+                )
+                self._products(fragments, self.acc[tile], block)
 
-    def _decode(self, words: list[str], scale: str, into: list[list[str]]) -> None:
-        """A block's four words to the fragments of its four k steps, scales folded in."""
-        low, high = self.factors
+    def _products(self, fragments: list[list[str]], accumulators: list[str], block: int) -> None:
+        """Start those of a block's four k steps."""
+        ptx, c = self.ptx, self.c
+        ptx("wgmma.fence.sync.aligned;")
         for step in range(4):
-            decode_word(self.ptx, self.constants, words[step], into[step])
-            if step % 2 == 0:  # a factor for each of the thread's two rows, the same for 32 k
-                scale_pair(self.ptx, scale, step, step, low)
-                scale_pair(self.ptx, scale, step + 1, step + 1, high)
-            for p, register in enumerate(into[step]):
-                multiply(self.ptx, register, self.factors[p & 1])
+            offset = (block * c.tokens * SLAB_BYTES + step * 32) // 16
+            ptx(
+                f"add.u64 {self.at}, {self.descriptor}, {offset};",
+                f"wgmma.mma_async.sync.aligned.m64n{c.tokens}k16.f32.bf16.bf16 {vector(accumulators)}, "
+                f"{vector(fragments[step])}, {self.at}, 1, 1, 1, 0;",
+            )
+        ptx("wgmma.commit_group.sync.aligned;")
 
     def _write_partial_results(self) -> None:
         """Accumulators to shared memory, float32 [token][row]; then all of the cluster's are there."""
@@ -329,7 +335,7 @@ class _Kernel:
                 "barrier.cluster.wait.acquire.aligned;",
             )
         else:
-            ptx(f"bar.sync {_ALL}, {self.threads};")
+            ptx(f"bar.sync {ALL}, {self.threads};")
 
     def _add_and_store(self) -> None:
         """Each CTA adds its share of the rows over the cluster, in order, and stores it: 8 outputs a thread."""

@@ -105,19 +105,22 @@ def mosaic_kernel(
     shared_memory_bytes: int,
     cluster: int = 1,
     optional: int = 0,
+    maps: dict[int, tuple[int, int]] | None = None,
 ):
     """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
 
     Args:
         program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
-            shared memory (32-bit), then those of optional operands (64-bit). It must mask by itself, and every
-            thread must reach its end.
+            shared memory (32-bit), then those of optional operands and of tensor maps (64-bit). It must mask by
+            itself, and every thread must reach its end.
         out_shape: of the result.
         grid: clusters; CTAs where they are alone.
         warpgroups: of a CTA.
         shared_memory_bytes: dynamic.
         cluster: CTAs of a cluster, neighbours in %ctaid.x.
         optional: how many of the last operands are such.
+        maps: for TMA, by operand (a matrix): rows and columns of the box that one instruction copies, in 128-byte
+            swizzle.
 
     Returns:
         A function of the operands.
@@ -130,12 +133,14 @@ def mosaic_kernel(
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def inline(ctx, *memrefs):
-            del ctx
             addresses = [
                 _llvm.ptrtoint(_ir.IntegerType.get_signless(32 if i == shared else 64), mgpu_utils.memref_ptr(memref))
                 for i, memref in enumerate(memrefs)
             ]
-            constraints = ",".join(["r" if i == shared else "l" for i in range(len(memrefs))] + ["~{memory}"])
+            for i, box in (maps or {}).items():
+                pointer = ctx._get_tma_desc(memrefs[i], (), None, box, 128, None)
+                addresses.append(_llvm.ptrtoint(_ir.IntegerType.get_signless(64), pointer))
+            constraints = ",".join(["r" if i == shared else "l" for i in range(len(addresses))] + ["~{memory}"])
             _llvm.inline_asm(None, addresses, program(), constraints, has_side_effects=True)
 
         inline(*refs)

@@ -12,7 +12,7 @@ import oracle
 from kernel_checks import assert_untouched, between_guards, bits
 
 from mla_fp4_jax import FP4Array, fp4_linear
-from pallas_kernels.fp4_linear_tiles import Config
+from pallas_kernels.fp4_linear_mosaic_gpu import AnyConfig
 
 LARGEST_SCALE = 128  # that fragment order holds
 
@@ -25,7 +25,7 @@ class Case:
     N: int
     K: int
     out: str = "bfloat16"
-    config: Config | None = None
+    config: AnyConfig | None = None
 
     def __str__(self) -> str:
         tiles = "" if self.config is None else "-" + "-".join(str(int(v)) for v in vars(self.config).values())

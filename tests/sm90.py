@@ -61,11 +61,13 @@ class Program:
         compiled: JAX's; it cannot be called, but has memory_analysis() and as_text().
         kernels: all that ptxas compiled for it. What was compiled before in this process may not be again.
         dynamic_shared_bytes: of every launch, by the kernel's name; "mosaic" is the most of any Mosaic GPU kernel.
+        serialised: ptxas says of a kernel that its wgmma instructions wait for each other.
     """
 
     compiled: jax.stages.Compiled
     kernels: tuple[Kernel, ...]
     dynamic_shared_bytes: dict[str, int]
+    serialised: bool
 
     @property
     def temp_bytes(self) -> int:
@@ -138,7 +140,8 @@ def compile_for_h100(
     kernels = tuple(dict.fromkeys(_kernel(match) for text in said for match in _KERNEL.finditer(text)))
     shared = {match["name"]: int(match["bytes"]) for text in launches for match in _LAUNCH.finditer(text)}
     mosaic = [int(number) for text in said for number in _MOSAIC_SHARED.findall(text)]
-    return Program(compiled, kernels, {**shared, **({"mosaic": max(mosaic)} if mosaic else {})})
+    serialised = any("wgmma.mma_async instructions are serialized" in text for text in said)
+    return Program(compiled, kernels, {**shared, **({"mosaic": max(mosaic)} if mosaic else {})}, serialised)
 
 
 def _abstract(mesh: Mesh, leaf) -> jax.ShapeDtypeStruct:

@@ -33,7 +33,7 @@ def need(implementation: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 33, 64, 128, 130])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 24, 33, 64, 128, 130, 300])
 @pytest.mark.parametrize("sizes", [(1536, 576, 7168), (128, 64, 256), (256, 192, 512)], ids=str)
 def test_a_pair_of_linears_equals_the_oracle(tokens, sizes, rng):
     need(MOSAIC)

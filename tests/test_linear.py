@@ -18,6 +18,7 @@ from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import MOSAIC, XLA
+from pallas_kernels import fp4_linear_many as many
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels.backend import abstract_gpu, mosaic_why_not, target_gpu
 from pallas_kernels.fp4_linear_mosaic_gpu import INVARIANT_TOKENS, MOST_TOKENS, default_config, default_split
@@ -134,6 +135,12 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.batch}-{p.outputs}-{p.contraction}")
 def test_default_tiles_fit(problem):
     config = default_config(problem)
+    if isinstance(config, many.Config):
+        many.check_config(problem, config)
+        assert many.token_tiles(problem, config) * config.tokens >= problem.batch > INVARIANT_TOKENS
+        rows = many.clusters(problem, config) // many.token_tiles(problem, config) * config.sharing * 128
+        assert rows >= problem.outputs
+        return
     check_config(problem, config)
     if problem.batch <= INVARIANT_TOKENS:  # what batch invariance rests on
         assert config.split == default_split(problem.outputs, problem.contraction)
@@ -155,6 +162,20 @@ def test_tiles_that_do_not_fit_are_named(change, says):
     check_config(problem, fits)
     with pytest.raises(ValueError, match=says):
         check_config(problem, dataclasses.replace(fits, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"split": 9}, "split"), ({"split": 5, "sharing": 2}, "cluster"), ({"tokens": 264}, "tokens")]
+    + [({"tokens": 72, "sharing": 2}, "tokens"), ({"sharing": 3}, "sharing"), ({"slots": 5}, "even number")]
+    + [({"slots": 16}, "227 KiB")],
+)
+def test_tiles_of_many_tokens_that_do_not_fit_are_named(change, says):
+    fits = many.Config(2, 128, 1, 6)
+    problem = Problem(300, 192, 1024)
+    many.check_config(problem, fits)
+    with pytest.raises(ValueError, match=says):
+        many.check_config(problem, dataclasses.replace(fits, **change))
 
 
 CONFIG = MLAConfig(

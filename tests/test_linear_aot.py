@@ -43,9 +43,10 @@ def abstract(size: tuple[int, ...], order: FragmentOrder) -> FP4Array:
 
 
 def check(program: sm90.Program) -> None:
-    """One kernel and nothing else: no spills, shared memory that fits, no copy of any operand."""
+    """One kernel and nothing else: no spills, products under way together, shared memory that fits, no copies."""
     (kernel,) = program.kernels
     assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
+    assert not program.serialised
     assert 0 < program.dynamic_shared_bytes["mosaic"] + kernel.static_shared_bytes <= sm90.SHARED_MEMORY_LIMIT
     assert program.temp_bytes == 0 and program.moves_of("u8", "f4e2m1fn", "bf16") == []
 

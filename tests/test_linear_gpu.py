@@ -15,6 +15,7 @@ from linear_checks import Case
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import MOSAIC
+from pallas_kernels.fp4_linear_many import Config as Many
 from pallas_kernels.fp4_linear_mosaic_gpu import INVARIANT_TOKENS, MOST_TOKENS
 from pallas_kernels.fp4_linear_tiles import Config
 
@@ -25,7 +26,7 @@ TOKENS = (0, 1, 2, 3, 7, 16, 17, 64, 65, 129, 512)
 SIZES = ((64, 128), (192, 384), (320, 1024), (512, 2048), (576, 7168))
 CASES = (
     *(Case(tokens, *sizes) for tokens, sizes in itertools.product(TOKENS, SIZES)),
-    *(Case(tokens, 2112, 7168) for tokens in (1, 33, 129)),
+    *(Case(tokens, 2112, 7168) for tokens in (1, 31, 33, 129, 300)),
     *(Case(tokens, 7168, 16384) for tokens in (2, 40, 200)),
     *(Case(tokens, 24576, 1536) for tokens in (3, 48)),
     *(Case(tokens, 512, 2048, "float32") for tokens in (1, 17, 65)),
@@ -40,6 +41,17 @@ CONFIGS = (
     Case(70, 512, 2048, "float32", Config(2, 40, 2, 2, 2, 5, False)),
     Case(150, 512, 2048, config=Config(1, 128, 2, 2, 1, 8, False)),
     Case(260, 512, 2048, config=Config(4, 256, 2, 1, 2, 3, False)),
+    # Weights straight to registers: pushed or not, one warpgroup or three, no cluster.
+    Case(5, 576, 2048, config=Config(4, 8, 1, 1, 8, 1, True, True)),
+    Case(20, 576, 7168, "float32", Config(8, 16, 3, 1, 14, 1, True, True)),
+    Case(64, 192, 384, config=Config(2, 64, 1, 1, 3, 1, False, True)),
+    Case(3, 192, 384, config=Config(1, 8, 3, 1, 6, 1, False, True)),
+    # x shared by a cluster: parts of unequal length, a last tile of outputs that is half there or not there at all.
+    Case(512, 512, 2048, config=Many(1, 256, 2, 6)),
+    Case(130, 576, 7168, config=Many(3, 144, 2, 4)),
+    Case(300, 192, 384, "float32", Many(2, 160, 2, 6)),
+    Case(70, 64, 128, config=Many(1, 72, 1, 4)),
+    Case(200, 320, 1024, config=Many(5, 104, 1, 8)),
 )
 
 
@@ -60,7 +72,7 @@ def test_none_chooses_something_right(case, rng):
     checks.check_exact(None, case, rng)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 17, 65, 129])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 65, 129, 300])
 @pytest.mark.parametrize("sizes", [(64, 128), (192, 384), (512, 2048)], ids=str)
 def test_it_stays_within_its_operands(tokens, sizes, rng):
     checks.check_confined(MOSAIC, Case(tokens, *sizes), rng)
@@ -71,7 +83,7 @@ def test_every_code_under_every_scale(dtype):
     checks.check_codes(MOSAIC, dtype)
 
 
-@pytest.mark.parametrize("case", [Case(7, 2112, 7168), Case(65, 512, 2048)], ids=str)
+@pytest.mark.parametrize("case", [Case(7, 2112, 7168), Case(65, 512, 2048), Case(300, 2112, 7168)], ids=str)
 def test_twenty_repeats_are_equal(case, rng):
     checks.check_repeats(MOSAIC, case, rng, 20)
 

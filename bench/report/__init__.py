@@ -23,7 +23,7 @@ BEGIN, END = "<!-- benchmarks: written by python -m bench.report -->\n", "<!-- e
 SECTIONS: dict[str, Callable[[dict], str]] = {
     "fp4_bmm": matmul.section,
     "fp4_bmm_shapes": matmul.shapes_section,
-    "fp4_linear_sweep": linear.section,
+    "fp4_linear": linear.section,
     "mla_decode": decode.section,
     "step": step.section,
     "prefill": prefill.section,

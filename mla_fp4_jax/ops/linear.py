@@ -28,7 +28,7 @@ class _Call:
     out_dtype: jnp.dtype
     name: str
     named: bool
-    config: mosaic.Config | None
+    config: mosaic.AnyConfig | None
 
 
 def fp4_linear(
@@ -37,7 +37,7 @@ def fp4_linear(
     *,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
-    config: mosaic.Config | None = None,
+    config: mosaic.AnyConfig | None = None,
 ) -> Float[Array, "*batch N"]:
     """x @ w.T for a packed weight w [N, C] ([out, in], as checkpoints store linears).
 
@@ -46,10 +46,9 @@ def fp4_linear(
         w: scale groups lie along C.
         preferred_element_type: of the result; None for x's.
         implementation: see fp4_bmm, whose numerics and errors these are. "mosaic_gpu" takes w in fragment order
-            (FP4Array.in_fragment_order) and x in bfloat16. Few tokens go through a kernel that decodes on its way;
-            from mosaic.MOST_TOKENS on, where that no longer pays, w is decoded once for this call and a library's
-            matmul does the rest.
-        config: tiles of that kernel, which is then used for any number of tokens; None for its default.
+            (FP4Array.in_fragment_order) and x in bfloat16. Up to mosaic.MOST_TOKENS tokens go through kernels that
+            decode on their way; with more, w is decoded once for this call and a library's matmul does the rest.
+        config: tiles of such a kernel, which is then used for any number of tokens; None for the default.
 
     Numerics:
         As fp4_bmm's, but with "mosaic_gpu" a row's result does not depend, bit for bit, on the batch that it sits
