@@ -22,11 +22,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,10 +36,10 @@ from jaxtyping import Array, Int
 
 from bench import environment
 from bench.step_layer import dense_layer, fp4_layer, plain_step, v3_config
+from bench.step_memory import measure_memory
 from bench.step_peer import TorchPeer
 from bench.step_stages import by_stage, floors, stages_of_kernels
 from bench.step_timing import held, kernels, loop_us, measure_ceilings, total
-from bench.step_turns import deal, run_parts, turn
 from mla_fp4_jax import MLAConfig, MLAWeights, mla_decode
 from mla_fp4_jax.cache import PagedLatentCache
 from mla_fp4_jax.kernel_order import order_for_device
@@ -53,17 +51,16 @@ PAGE = 64
 GATE = 0.015  # of bfloat16 layers, design.md
 EPS = 1e-12  # of the norms between layers
 SHAPES = (  # heads, sequences, keys; the most telling first
-    *((128, batch, 4096) for batch in (1, 32, 128)),
-    (16, 32, 4096),
-    (128, 8, 4096),
-    (128, 64, 4096),
-    (16, 1, 4096),
-    *((128, batch, 1024) for batch in (1, 32, 128)),
-    *((128, batch, 16_384) for batch in (1, 32, 128)),
-    *((16, batch, 4096) for batch in (128, 8, 64)),
-    *((128, batch, keys) for keys in (1024, 16_384) for batch in (8, 64)),
+    *((128, batch, 4096) for batch in (1, 32, 128, 8, 64)),
+    *((128, batch, 16_384) for batch in (32, 1, 128)),
+    *((128, batch, 1024) for batch in (1, 8, 32)),
+    *((16, batch, 4096) for batch in (32, 1, 128)),
+    *((128, batch, 16_384) for batch in (8, 64)),
+    *((128, batch, 1024) for batch in (64, 128)),
+    *((16, batch, 4096) for batch in (8, 64)),
     *((16, batch, keys) for keys in (1024, 16_384) for batch in (1, 32, 128, 8, 64)),
 )
+EVERY = 3  # shapes that all compositions are measured at; FP4 kv_b alone lies between the others
 Shape = tuple[int, int, int]
 
 
@@ -77,6 +74,7 @@ class Setting:
         dense = [dense_layer(layer) for layer in packed]
         mixed = [dataclasses.replace(d, kv_b_proj=p.kv_b_proj) for d, p in zip(dense, packed, strict=True)]
         self.weights: dict[str, list[MLAWeights]] = {FP4: packed, FP4_KV_B: mixed, DENSE: dense}
+        self.exact: dict[int, Any] = {}  # by keys, compiled: exact_step
 
 
 @jax.tree_util.register_dataclass
@@ -114,13 +112,19 @@ def whole_step(name: str, config: MLAConfig, state, given: Given):
     return rms_norm(x, ones, EPS), written
 
 
-def exact_step(config: MLAConfig, weights: list[MLAWeights], x, caches, given: Given):
-    """The float32 hidden state of the first and the last sequence."""
+@jax.jit
+def ends_of(x, caches, table):
+    """The first and the last sequence's hidden state and, layer by layer, entries."""
     ends = np.array([0, -1])
-    x, ones = x[ends].astype(jnp.float32), jnp.ones((config.hidden_size,), jnp.float32)
-    for layer, each in zip(weights, caches, strict=True):
-        entries = each[given.table[ends]].reshape(2, -1, config.cache_dim).astype(jnp.float32)
-        x = x + plain_step(layer, rms_norm(x, ones, EPS), entries, given.length[0], config)[0]
+    return x[ends], [pages[table[ends]].reshape(2, -1, pages.shape[-1]) for pages in caches]
+
+
+def exact_step(config: MLAConfig, weights: list[MLAWeights], x, caches):
+    """The float32 hidden state of two sequences, whose entries come one after the other."""
+    x, ones = x.astype(jnp.float32), jnp.ones((config.hidden_size,), jnp.float32)
+    for layer, entries in zip(weights, caches, strict=True):
+        length = jnp.int32(entries.shape[1] - 1)
+        x = x + plain_step(layer, rms_norm(x, ones, EPS), entries.astype(jnp.float32), length, config)[0]
     return rms_norm(x, ones, EPS)
 
 
@@ -152,7 +156,7 @@ def inputs(setting: Setting, name: str, shape: Shape):
 class Programs:
     """What one shape needs, compiled: one after the other where XLA tries library kernels on the GPU meanwhile."""
 
-    def __init__(self, setting: Setting, shape: Shape, names: list[str], lock: Path | None = None):
+    def __init__(self, setting: Setting, shape: Shape, names: Sequence[str]):
         self.seconds: dict[str, float] = {}
         untuned: Any = {} if jax.default_backend() == "cpu" else {"xla_gpu_autotune_level": 0}
 
@@ -169,26 +173,25 @@ class Programs:
 
         def compiled_exact():
             (x, caches), given = jax.eval_shape(lambda: inputs(setting, DENSE, shape))
-            given = dataclasses.replace(given, weights=[])
+            ends = jax.eval_shape(ends_of, x, caches, given.table)
             exact = functools.partial(exact_step, setting.config)
-            return compiled("exact", exact, setting.weights[DENSE], x, caches, given, options=untuned)
+            return compiled("exact", exact, setting.weights[DENSE], *ends, options=untuned)
 
         with ThreadPoolExecutor(2) as pool:  # these have no library product, or no time to lose on it
-            exact = pool.submit(compiled_exact)
+            exact = None if shape[2] in setting.exact else pool.submit(compiled_exact)
             fp4 = pool.submit(compiled_step, FP4, untuned) if FP4 in names else None
-            tuned = [name for name in names if name != FP4]
-            with turn(lock if tuned else None):
-                self.steps = {name: compiled_step(name) for name in tuned}
+            self.steps = {name: compiled_step(name) for name in names if name != FP4}
             if fp4 is not None:
                 self.steps[FP4] = fp4.result()
-            self.exact = exact.result()
+            if exact is not None:
+                setting.exact[shape[2]] = exact.result()
 
 
 def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> dict[str, Any]:
     """A composition's times and memory, gate first."""
     step, layers, start = programs.steps[name], setting.layers, time.monotonic()
     (x, caches), given = inputs(setting, name, shape)
-    want = programs.exact(setting.weights[DENSE], x, caches, dataclasses.replace(given, weights=[]))
+    want = setting.exact[shape[2]](setting.weights[DENSE], *ends_of(x, caches, given.table))
     state = step((x, caches), given)
     error = relative_error(state[0], want)
     if not error <= GATE:
@@ -216,26 +219,14 @@ def write(path: Path, what: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def memory_of_all_layers(*options: str, seconds: float = 90) -> dict[str, Any]:
-    """bench.step_memory's account."""
-    command = [sys.executable, "-m", "bench.step_memory", *options]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
-    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
-        return {"error": f"{type(error).__name__}: {getattr(error, 'stderr', None) or error}"[-300:]}
-
-
 def main() -> None:
     """Most telling shapes first; what time does not allow is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
-    parser.add_argument("--processes", type=int, default=1, help="that compile side by side and measure in turns")
-    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--shapes", help="heads x sequences x keys, as 128x32x4096,16x64x16384")
-    parser.add_argument("--names", default=",".join(NAMES), help="compositions, separated by commas")
+    parser.add_argument("--names", help=f"compositions, separated by commas (default all, {FP4_KV_B} at some shapes)")
     parser.add_argument("--ceilings", metavar="TB/S,TFLOP/S", help="as measured before; default: measure them")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
     parser.add_argument("--memory", action="store_true", help="that of all 61 layers too (bench/step_memory.py)")
@@ -245,13 +236,13 @@ def main() -> None:
     shapes: list[Shape] = [(2, 2, 128)] if args.small else list(SHAPES)
     if args.shapes:
         shapes = [(h, b, s) for h, b, s in (map(int, text.split("x")) for text in args.shapes.split(","))]
-    names, rows, skipped = args.names.split(","), [], []
-    alone = args.processes == 1
-    torch = None if args.no_torch or args.small or not alone else TorchPeer()  # imports itself while this compiles
+    rows, skipped, waiting = [], [], []
+    torch = None if args.no_torch or args.small else TorchPeer()  # imports itself while this process compiles
     known = [float(value) for value in (args.ceilings or "").split(",") if value]
-    with turn(args.lock):
-        ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
-    what = {"environment": environment.describe(args.commit), "ceilings": ceilings, "rows": rows, "not_run": skipped}
+    what: dict[str, Any] = {"environment": environment.describe(args.commit), "rows": rows, "not_run": skipped}
+    ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
+    what["ceilings"] = ceilings
+    print(f"{time.monotonic() - start:5.1f} s", ceilings, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def add(row: dict[str, Any]) -> None:
@@ -260,20 +251,14 @@ def main() -> None:
         print(f"{time.monotonic() - start:5.1f} s", shown, flush=True)
         write(args.out, what)
 
-    print(f"{time.monotonic() - start:5.1f} s", ceilings, flush=True)
-    if not alone:
+    def add_torch(torch: TorchPeer) -> None:
+        while waiting:
+            shape = waiting.pop(0)
+            add({"name": "torch"} | dict(zip(("heads", "batch", "keys"), shape, strict=True)) | torch.measure(shape))
 
-        def take(found: list[dict[str, Any]], left: list[Any]) -> None:
-            rows[:], skipped[:] = found, left
-            write(args.out, what)
-
-        values = {"--ceilings": ",".join(map(str, ceilings.values())), "--names": args.names}
-        values["--seconds"] = str(args.seconds - (time.monotonic() - start))
-        flags = [f"--{name}" for name in ("no-torch", "small") if getattr(args, name.replace("-", "_"))]
-        run_parts(deal(shapes, args.processes), [*itertools.chain(*values.items()), *flags], args.lock, take)
-        return
     settings: dict[int, Setting] = {}
-    for shape in shapes:
+    for number, shape in enumerate(shapes):
+        names = args.names.split(",") if args.names else NAMES if number < EVERY else (FP4, DENSE)
         if time.monotonic() - start > args.seconds:
             skipped.append(shape)
             continue
@@ -283,28 +268,33 @@ def main() -> None:
                 settings[shape[0]] = Setting(shape[0], small=args.small)
                 print(f"{time.monotonic() - start:5.1f} s layers of {shape[0]} heads", flush=True)
             setting = settings[shape[0]]
-            programs = Programs(setting, shape, names, args.lock)
+            programs = Programs(setting, shape, names)
         except Exception as error:  # one failure must not hide the other rows
             add(where | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
             continue
         for name in names:
             row = where | {"name": name}
             try:
-                with turn(args.lock):
-                    row |= measure(name, setting, shape, programs)
+                row |= measure(name, setting, shape, programs)
                 bound = floors(setting.config, setting.weights[name][0], shape, ceilings)
                 row |= {"floor_us": round(sum(stage["us"] for stage in bound.values()), 2), "floors": bound}
             except Exception as error:
                 row |= {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             add(row)
         if torch is not None:
-            with turn(args.lock):
-                row = torch.measure(shape)
-            add({"name": "torch"} | where | row)
+            waiting.append(shape)
+            if torch.is_ready():
+                add_torch(torch)
     if torch is not None:
+        add_torch(torch)
         torch.close()
     if args.memory:
-        what["memory"] = memory_of_all_layers(*(["--small"] if args.small else []))
+        settings.clear()
+        setting = programs = None
+        try:
+            what["memory"] = measure_memory(small=args.small)
+        except Exception as error:
+            what["memory"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
     write(args.out, what)
     if skipped:

@@ -21,13 +21,14 @@ class TorchPeer:
             text=True,
         )
         self.rows: queue.Queue[str] = queue.Queue()
-        self.complaint = ""
+        self.complaint, self.ready = "", False
         threading.Thread(target=self._read_rows, daemon=True).start()
         threading.Thread(target=self._read_complaints, daemon=True).start()
 
     def _read_rows(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            self.ready = True
             if line.startswith("{"):
                 self.rows.put(line)
         self.rows.put("")  # the end
@@ -36,6 +37,10 @@ class TorchPeer:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.complaint = line.strip() or self.complaint
+
+    def is_ready(self) -> bool:
+        """It has imported torch, or has ended: measure will not wait for that."""
+        return self.ready or self.process.poll() is not None
 
     def measure(self, shape: tuple[int, int, int], seconds: float = 60) -> dict:
         """The row of a shape; nothing else may run on the GPU meanwhile."""

@@ -103,6 +103,8 @@ def main() -> None:
     """A row for every shape."""
     import torch  # pyright: ignore[reportMissingImports]
 
+    torch.zeros(1, device="cuda")
+    print("ready", flush=True)
     shapes = sys.stdin if sys.argv[1:] == ["-"] else [text for text in sys.argv[1:] if "x" in text]
     for text in shapes:
         try:
