@@ -49,14 +49,17 @@ CALLS = 12
 GATE = 2**-8 * (1 + 1 / 3) ** 0.5 + 2**-11
 SHAPES: tuple[Shape, ...] = (  # heads, sequences, keys: what matters most first
     *((128, batch, keys) for keys in (4096, 16384) for batch in (32, 64, 128)),
-    *((16, batch, keys) for keys in (4096, 16384) for batch in (32, 64, 128)),
+    *((16, batch, 4096) for batch in (32, 64, 128)),
     (128, 1, 65536),
+    *((16, batch, 16384) for batch in (32, 64, 128)),
     (16, 1, 65536),
     *((128, batch, keys) for keys in (4096, 16384) for batch in (1, 8)),
 )
-IMPORTANT = 14  # of SHAPES: these come first, for every dtype of the cache
-XLA_FIRST = ((128, 32, 4096), (16, 32, 4096), (128, 1, 65536))  # the shapes of XLA's that come before the rest
+IMPORTANT = 10  # of SHAPES come first; then these with further dtypes of the cache, and these of XLA's
+OTHER_CACHES = (*((16, batch, 4096) for batch in (32, 64, 128)), (128, 32, 4096), (128, 64, 4096))
+XLA_FIRST = ((128, 32, 4096), (16, 32, 4096))
 _ONE_LOWERS = threading.Lock()
+WIDTHS = (("cache", 14), ("heads", 6), ("batch", 5), ("keys", 7))  # of the printed table
 NAMES = ("mosaic_gpu", "triton", "xla")
 
 
@@ -137,10 +140,11 @@ def measure(compiled, shape: Shape, args: tuple, exact: np.ndarray, dtype: str) 
 def plan(names: Sequence[str], shapes: Sequence[Shape], caches: Sequence[str]) -> list[tuple[list[str], str, Shape]]:
     """Which implementations, cache and shape follow each other: what matters most first."""
     kernels, plain = ([name for name in names if (name == implementations.XLA) == is_xla] for is_xla in (False, True))
-    first = [*itertools.product([kernels], caches, shapes[:IMPORTANT])]
-    first += [(plain, caches[0], shape) for shape in shapes if shape in XLA_FIRST]
-    first += itertools.product([kernels], caches, shapes[IMPORTANT:])
-    first += [row for row in itertools.product([plain], caches, shapes) if row not in first]
+    first = [*itertools.product([kernels], caches[:1], shapes[:IMPORTANT])]
+    first += itertools.product([kernels], caches[1:], [shape for shape in OTHER_CACHES if shape in shapes])
+    first += itertools.product([plain], caches[:1], [shape for shape in XLA_FIRST if shape in shapes])
+    for group in (kernels, plain):
+        first += [row for row in itertools.product([group], caches, shapes) if row not in first]
     return [row for row in first if row[0]]
 
 
@@ -154,11 +158,12 @@ def compile_all(wanted, page: int, pool: ThreadPoolExecutor) -> dict[tuple[str, 
             function, args = functools.partial(attention, name=name), jax.eval_shape(make)
         lower = functools.partial(jax.jit(function).lower, *args)
         # Lowering is Python: several at once would only make the first ones late.
-        programs[name, dtype, shape] = pool.submit(_lower_and_compile, lower)
+        programs[name, dtype, shape] = pool.submit(lower_and_compile, lower)
     return programs
 
 
-def _lower_and_compile(lower):
+def lower_and_compile(lower) -> jax.stages.Compiled:
+    """What a call lowers to, compiled: one lowers at a time."""
     with _ONE_LOWERS:
         lowered = lower()
     return lowered.compile()
@@ -249,9 +254,9 @@ def main() -> None:
                 add({"name": name, **where, **row})
         for program in programs.values():
             program.cancel()
-    print(f"{'':12}{'heads':>6}{'B':>5}{'S':>7}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}")
+    print(f"{'':12}{'cache':>14}{'heads':>6}{'B':>5}{'S':>7}{'us':>9}{'TFLOP/s':>9}{'TB/s':>7}")
     for row in rows:
-        place = "".join(f"{row.get(key, ''):>{width}}" for key, width in (("heads", 6), ("batch", 5), ("keys", 7)))
+        place = "".join(f"{row.get(key, ''):>{width}}" for key, width in WIDTHS)
         if "error" in row:
             print(f"{row['name']:12}{place}  {row['error']}")
         else:

@@ -72,6 +72,35 @@ def fetch(keys_ref, firsts: Sequence[jax.Array], last, wanted, *, tile: int, wid
     return emit(keys_ref, last, wanted, *firsts)
 
 
+def prefetch(keys_ref, first, last, wanted, *, rows: int, width: int) -> None:
+    """Ask L2 for rows first .. first + rows - 1 of the cache, if wanted and if they exist.
+
+    Args:
+        keys_ref: see `fetch`.
+        first: a row whose first byte, as `rows * width`, is a multiple of 16.
+        last: the last row there is.
+        wanted: see `fetch`.
+        rows: how many.
+        width: bytes of a row.
+    """
+
+    @inline(arg_types=(plgpu.RefType(), SCALAR, SCALAR, SCALAR))
+    def emit(ctx, keys, first, last, wanted):
+        del ctx
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        row, predicate = _scalar(first), arith.CmpIPredicate
+        offset = arith.muli(arith.extui(i64, row), arith.constant(i64, ir.IntegerAttr.get(i64, width)))
+        address = arith.addi(llvm.ptrtoint(i64, mgpu_utils.memref_ptr(keys)), offset)
+        thread = arith.andi(mgpu_utils.thread_idx(), _number(127))
+        alone = arith.cmpi(predicate.eq, thread, _number(0))
+        inside = arith.cmpi(predicate.sle, arith.addi(row, _number(rows - 1)), _scalar(last))
+        go = arith.andi(arith.extui(i32, arith.andi(alone, inside)), _scalar(wanted))
+        text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p cp.async.bulk.prefetch.L2.global [$0], SIZE; }"
+        _asm(None, [address, go], text.replace("SIZE", str(rows * width)), "l,r,~{memory}")
+
+    emit(keys_ref, first, last, wanted)
+
+
 def store(words, tile_ref) -> None:
     """Write a fetched tile as f16; `publish` must follow before wgmma reads it.
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from pallas_kernels import fp4_bmm_rope
 from pallas_kernels.backend import target_gpu
 from pallas_kernels.fp4_bmm_rope import Rope
-from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes
+from pallas_kernels.fp4_bmm_tiles import Config, Problem, check_config, grid, shared_memory_bytes, slot_bytes
 from pallas_kernels.fp4_bmm_wgmma import program
 from pallas_kernels.fragments import BLOCK, GROUP, FragmentOrder
 from pallas_kernels.tuned import tuned_config
@@ -22,7 +22,11 @@ NAME = "fp4_bmm_mosaic_gpu"  # in the tuned tables
 
 _VECTOR = 8  # bfloat16 in the 16 bytes that cp.async and the stores move
 _INT32_BYTES = 2**31
-_SMS = 128  # of a Hopper GPU, about: one CTA each for DeepSeek-V3's 128 heads
+_SMS = 132
+_ALL_AT_ONCE = 7 * _SMS  # CTAs of one warpgroup with the 66 to 72 registers a thread that 16 tokens or NVFP4 take
+_MANY = 512  # 64-output tiles of all heads
+_SM_BYTES = 224 * 1024  # of shared memory, for two CTAs
+_L2_BYTES = 50 * 10**6
 
 
 # Jitted, so that a program of many equal calls lowers one.
@@ -154,41 +158,49 @@ def best_config(problem: Problem) -> Config:
 
 
 def default_config(problem: Problem) -> Config:
-    """Tiles for a problem, from measurements on an H100 (bench/matmul.py).
+    """Tiles for a problem, from measurements on an H100 (bench/matmul.py, bench/tune.py).
 
     No choice changes a bit of the result, so it may follow the batch. Few tokens: small CTAs, several to an SM, so
     that one's arithmetic runs under another's loads. Many: weights decoded once for up to eight tiles of 64 tokens.
     """
     batch, tiles = problem.batch, problem.outputs // BLOCK
-    blocks = problem.contraction // BLOCK
-    if not problem.transposed:
-        if batch <= 64:
-            return Config(_round_up(batch, 8), 1, 1)
-        return _spread(problem, Config(64, _largest_divisor(tiles, 2), 1, -(-batch // 64), 2, delay=min(4, blocks)))
-    if batch <= 16 or problem.heads * tiles < 512:
-        per_warpgroup = 1
-    else:
-        per_warpgroup = _largest_divisor(tiles, 2)
+    tokens, blocks_of_weights = _round_up(batch, 8), problem.heads * tiles
     if batch <= 32:
-        return Config(_round_up(batch, 8), 1, per_warpgroup, accumulators=per_warpgroup)
-    if batch <= 64:
-        return Config(32, 1, per_warpgroup, 2, 2, accumulators=2)
-    warpgroups = _largest_divisor(tiles // per_warpgroup, 2)
-    return _spread(problem, Config(64, warpgroups, per_warpgroup, -(-batch // 64), 8))
+        least = _MANY if batch > 16 else _ALL_AT_ONCE
+        alone = batch <= 8 and problem.group == GROUP  # these take 64 registers, and eight fit
+        pairs = problem.transposed and blocks_of_weights > least and not alone
+        per_warpgroup = _largest_divisor(tiles, 2) if pairs else 1
+        return Config(tokens, 1, per_warpgroup, accumulators=per_warpgroup)
+    many = problem.transposed and blocks_of_weights > _MANY
+    per_warpgroup = _largest_divisor(tiles, 2) if many else 1
+    if batch <= 64 and problem.transposed and blocks_of_weights >= _MANY:
+        return Config(32, 1, per_warpgroup, 2, 2, accumulators=per_warpgroup)
+    for one in (32, min(tokens, 64)):
+        config = Config(one, 1, 1)
+        if not many and grid(problem, config) <= (2.5 if problem.transposed else 2) * _SMS:
+            return config
+    warpgroups = _largest_divisor(tiles // per_warpgroup, 4 if many and batch > 256 else 2)
+    resident = 2 if problem.transposed and warpgroups <= 2 else 1  # CTAs of an SM
+    token_tiles = 1
+    while token_tiles < 8 and grid(problem, Config(64, warpgroups, per_warpgroup, token_tiles)) > resident * _SMS:
+        token_tiles *= 2
+    return _with_slots(problem, Config(64, warpgroups, per_warpgroup, min(token_tiles, -(-batch // 64))))
 
 
-def _spread(problem: Problem, config: Config) -> Config:
-    """Cut the token tiles of a CTA until x fits its shared memory and every SM has a CTA; slots to what is left."""
-    most = 1024 // problem.contraction if problem.transposed else 8
-    token_tiles = min(config.token_tiles, most)
-    while token_tiles > 1:
-        ctas = grid(problem, dataclasses.replace(config, token_tiles=token_tiles))
-        if ctas >= _SMS:
-            break
-        token_tiles = -(-token_tiles // 2)
-    delay = min(config.delay, 1) if token_tiles > 2 else config.delay
-    slots = min(config.slots, token_tiles)
-    return dataclasses.replace(config, token_tiles=token_tiles, slots=slots, delay=delay if token_tiles > 1 else 0)
+def _with_slots(problem: Problem, config: Config) -> Config:
+    """How much of x is asked for at once, and what the L2 cache keeps; for many tokens."""
+    x_bytes, out_bytes = (2 * problem.batch * problem.heads * n for n in (problem.contraction, problem.outputs))
+    if problem.transposed:
+        # x was just written and is small; results, four times as large, would drive it out.
+        config = dataclasses.replace(config, evict_first="out" if out_bytes >= _L2_BYTES // 3 else "")
+        room = _SM_BYTES // 2 if config.warpgroups <= 2 else _SM_BYTES
+        most = (room - shared_memory_bytes(problem, config)) // slot_bytes(problem, config) + config.slots
+        slots = config.token_tiles if config.tiles > 1 else min(most, config.token_tiles)
+        return dataclasses.replace(config, slots=slots)
+    slots = min(2, config.token_tiles)
+    delay = 0 if slots == 1 else min(4 if config.token_tiles == 2 else 2, problem.contraction // BLOCK)
+    evict_first = "x" if x_bytes + out_bytes > _L2_BYTES else ""  # read once: the results may stay
+    return dataclasses.replace(config, slots=slots, delay=delay, evict_first=evict_first)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

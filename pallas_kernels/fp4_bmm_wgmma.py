@@ -54,6 +54,8 @@ class _Kernel:
         self.blocks = problem.contraction // BLOCK  # 64-k blocks, also slabs of x
         self.k_steps = problem.contraction // 16
         self.nvfp4 = problem.group != GROUP
+        # Decode each 16 k just before their product; with fewer tokens products are too short to hide it.
+        self.interleave = not problem.transposed and config.tokens >= 16
         self.committed: list[int] = []  # token tiles in the order of their cp.async groups; -1 for an empty group
 
     def emit(self) -> str:
@@ -90,10 +92,11 @@ class _Kernel:
         self.ptx(f"setp.ne.u32 {self.never}, {none}, 0;")
 
     def _wall(self) -> None:
-        """Have nothing below decoded before what is above is under way.
+        """Have nothing below decoded before the products above are under way.
 
-        ptxas would: decoding depends on nothing but its loads, and the first products, placed behind it, would wait
-        for the last weights. A branch ends what it reorders; this one is never taken, which, again, only we know.
+        ptxas would: decoding depends on nothing but its loads. Products would then wait for weights that others need,
+        and run one after the other once all is decoded. A branch ends what ptxas reorders; this one is never taken,
+        which, again, only we know.
         """
         again = self.ptx.reg("again")
         self.ptx(
@@ -142,8 +145,12 @@ class _Kernel:
 
     def _load_weights(self) -> None:
         """Ask for every byte of weights and scales that this thread will use; see _hold_loads."""
-        self._load_scales()  # first: no weight can be decoded without
-        self._load_codes()
+        if self.p.transposed:
+            self._load_codes()
+            self._load_scales()
+        else:  # eight blocks of codes, and none can be decoded without scales
+            self._load_scales()
+            self._load_codes()
 
     def _load_codes(self) -> None:
         ptx, p, c = self.ptx, self.p, self.c
@@ -341,11 +348,13 @@ class _Kernel:
         ptx, c = self.ptx, self.c
         groups = 0
         for first in range(0, self.k_steps, 4):
-            if token_tile == 0:
-                if c.token_tiles == 1 and (tile or first):
-                    self._wall()
+            decode = token_tile == 0
+            if decode and self.interleave and (tile or first):
+                self._wall()
+            if decode and not self.interleave:
                 for step in range(first, first + 4):
                     self._decode(tile, step, fragments[step])
+            if decode:
                 if c.delay and tile == 0 and first == 4 * (c.delay - 1):
                     for later in range(1, c.slots):
                         self._load_x(later)
@@ -354,9 +363,12 @@ class _Kernel:
                 free = token_tile - c.accumulators  # its products are complete
                 if free >= 0 and free + c.slots < c.token_tiles:
                     self._load_x(free + c.slots)
-            if token_tile == 0 or first == 0:
+            if not self.interleave if decode else first == 0:
                 ptx("wgmma.fence.sync.aligned;")
             for step in range(first, first + 4):
+                if decode and self.interleave:
+                    self._decode(tile, step, fragments[step])
+                    ptx("wgmma.fence.sync.aligned;")
                 slot = (token_tile % c.slots) * slot_bytes(self.p, c)
                 offset = (slot + step // 4 * box_bytes(c)) // 16 + (step % 4) * 2
                 ptx(
@@ -364,7 +376,7 @@ class _Kernel:
                     f"wgmma.mma_async.sync.aligned.m64n{c.tokens}k16.f32.bf16.bf16 {vector(acc)}, "
                     f"{vector(fragments[step])}, {self.at}, {int(step > 0)}, 1, 1, 0;",
                 )
-            if token_tile == 0 or first + 4 == self.k_steps:
+            if decode or first + 4 == self.k_steps:
                 ptx("wgmma.commit_group.sync.aligned;")
                 groups += 1
         return groups

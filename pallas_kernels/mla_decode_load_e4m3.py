@@ -21,8 +21,8 @@ from pallas_kernels.mosaic import plgpu
 PUBLISHED = {1: 0, 3: 2, 5: 4, 7: 6, 8: 8}
 
 
-def load_e4m3(block: Block) -> None:
-    """The third warpgroup's whole work."""
+def load_e4m3(block: Block, ids: list[tuple]) -> None:
+    """The third warpgroup's whole work; the page ids of the first step are there already."""
     plgpu.set_max_registers(E4M3_LOADER_REGISTERS, action="decrease")
     load_queries(block)
     zeros = jnp.full((128,), 0, jnp.int32)
@@ -31,15 +31,17 @@ def load_e4m3(block: Block) -> None:
 
     @pl.when(block.steps > 0)
     def _():
-        ids = page_ids(block, 0)
         words, present = _fetch_all(block, 0, 0, ids[0])
+        _prefetch(block, 0, 1, ids[1])
 
         def step(i, carry):
             words, present, ids = carry
             words, present = _pass_on(block, i, 0, words, present, (i, 1, ids))
             # The ids of the step after this one, asked for half a step before they are needed, and after the fences.
             following = page_ids(block, i + 1)
+            _prefetch(block, i + 1, 0, following[0])
             words, present = _pass_on(block, i, 1, words, present, (i + 1, 0, following[0]))
+            _prefetch(block, i + 1, 1, following[1])
             return words, present, following[1]
 
         lax.fori_loop(0, block.steps, step, (words, present, ids[1]))
@@ -68,6 +70,13 @@ def _pass_on(block, i, slot, words, present, following):
 def _fetch_all(block, i, slot, ids):
     where = _where(block, i, slot, ids)
     return tuple(_fetch(block, where, tile) for tile in range(TILES)), where[1]
+
+
+def _prefetch(block, i, slot, ids):
+    """Ask L2 for a slot's entries while those before it are in flight: registers for more of them there are not."""
+    firsts, _, last, wanted = _where(block, i, slot, ids)
+    for first in firsts:
+        e4m3.prefetch(block.kv_ref, first, last, wanted, rows=block.problem.piece, width=L + R)
 
 
 def _where(block, i, slot, ids):

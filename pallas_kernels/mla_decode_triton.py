@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import e4m3_triton
 from pallas_kernels.backend import pl, pltriton
 
 LOG2_E = math.log2(math.e)
@@ -41,12 +42,17 @@ class Config:
         block_keys: keys a step, likewise.
         num_warps: warps a program.
         num_stages: steps whose loads are in flight at once.
+        transposed: whether keys, and then the output's columns, are the rows of the products, of which a tensor core
+            takes 64: for few query rows.
+        ahead: whether a step's keys are asked for a step before, and wait decoded in registers.
     """
 
     block_rows: int
     block_keys: int
     num_warps: int
     num_stages: int
+    transposed: bool = False
+    ahead: bool = False
 
 
 def mla_decode_triton(
@@ -61,6 +67,7 @@ def mla_decode_triton(
     split_size: int,
     entries_scale: float = 1.0,
     config: Config | None = None,
+    capability: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "splits B rows L"], Float[Array, "splits B rows"]]:
     """The attention of this module's docstring, split by split.
@@ -77,6 +84,7 @@ def mla_decode_triton(
         split_size: keys a split, a multiple of 128.
         entries_scale: entries stand for this times what they are.
         config: tiles; None for default_config.
+        capability: of the CUDA GPU; None elsewhere, and where no PTX may be used.
         interpret: run in Pallas's interpreter.
 
     Returns:
@@ -96,6 +104,7 @@ def mla_decode_triton(
     kernel = functools.partial(
         _kernel,
         config=config,
+        capability=capability,
         rank=kv_lora_rank,
         heads=heads,
         scale=scale * entries_scale,
@@ -117,7 +126,9 @@ def mla_decode_triton(
     )(q.reshape(batch, rows, width), flat, *(() if page_table is None else (page_table,)), visible, length)
 
 
-def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, out_scale, split_size, capacity, page_size):
+def _kernel(
+    q_ref, keys_ref, *refs, config: Config, capability, rank, heads, scale, out_scale, split_size, capacity, page_size
+):
     *table_refs, visible_ref, length_ref, out_ref, lse_ref = refs
     block, split, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     rows, width = q_ref.shape[1], q_ref.shape[2]
@@ -142,13 +153,18 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, out_scal
             mask = in_rows[:, None] & (jnp.arange(size) >= 0)[None]
             return pltriton.load(q_ref.at[b, row_slice, pl.ds(start, size)], mask=mask, other=0)
 
-        q_latent = load_q(0, rank)
-        q_rope = load_q(rank, width - rank) if width > rank else None
+        parts = [(0, rank), (rank, width - rank)] if width > rank else [(0, rank)]
+        queries = [load_q(*part) for part in parts]
         precision = jax.lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
         dot = functools.partial(pltriton.dot, precision=precision)
+        # Keys are the scores' columns, or their rows: then a number of a query row stands for a column.
+        transposed = config.transposed
 
-        def step(i, state):
-            m, total, acc = state
+        def to_rows(x):
+            return x[None, :] if transposed else x[:, None]
+
+        def fetch(i):
+            """Latent and rope columns of a step's keys, in q's dtype, and which of them exist."""
             start = first + i * np.int32(config.block_keys)
             key = start + jnp.arange(config.block_keys, dtype=jnp.int32)
             place, present = _places(
@@ -163,51 +179,54 @@ def _kernel(q_ref, keys_ref, *refs, config: Config, rank, heads, scale, out_scal
                     at = keys_ref.at[place, pl.ds(column, size)]
                 loaded = pltriton.load(at, mask=mask, other=0)
                 if loaded.dtype == jnp.uint8:
-                    loaded = _from_e4m3(loaded)
+                    loaded = e4m3_triton.to_bf16(loaded, capability=capability)
                 return loaded if loaded.dtype == q_ref.dtype else loaded.astype(jnp.float32).astype(q_ref.dtype)
 
-            latent = load_keys(0, rank)
-            scores = dot(q_latent, latent.T)
-            if q_rope is not None:
-                scores = scores + dot(q_rope, load_keys(rank, width - rank).T)
-            shown = present[None, :] & (key[None, :] < seen[:, None])
-            scores = jnp.where(shown, scores * (scale * LOG2_E), -jnp.inf)
-            new_m = jnp.maximum(m, jnp.max(scores, axis=1))
-            p = jnp.exp2(scores - new_m[:, None])
-            kept = jnp.exp2(m - new_m)
-            acc = acc * kept[:, None] + dot(p.astype(q_ref.dtype), latent)
-            return new_m, total * kept + jnp.sum(p, axis=1), acc
+            return tuple(load_keys(*part) for part in parts), present
 
-        start = (
+        def attend(i, sums, keys, present):
+            m, total, acc = sums
+            products = [dot(k, q.T) if transposed else dot(q, k.T) for q, k in zip(queries, keys, strict=True)]
+            scores = functools.reduce(jnp.add, products)
+            key = first + i * np.int32(config.block_keys) + jnp.arange(config.block_keys, dtype=jnp.int32)
+            if transposed:
+                shown = present[:, None] & (key[:, None] < seen[None, :])
+            else:
+                shown = present[None, :] & (key[None, :] < seen[:, None])
+            scores = jnp.where(shown, scores * (scale * LOG2_E), -jnp.inf)
+            of_keys = 0 if transposed else 1
+            new_m = jnp.maximum(m, jnp.max(scores, axis=of_keys))
+            p = jnp.exp2(scores - to_rows(new_m))
+            kept = jnp.exp2(m - new_m)
+            p16 = p.astype(q_ref.dtype)
+            product = dot(keys[0].T, p16) if transposed else dot(p16, keys[0])
+            return new_m, total * kept + jnp.sum(p, axis=of_keys), acc * to_rows(kept) + product
+
+        def step(i, state):
+            sums, loaded = state
+            keys, present = loaded if config.ahead else fetch(i)
+            following = fetch(i + 1) if config.ahead else loaded
+            return attend(i, sums, keys, present), following
+
+        zeros = (
             jnp.full((config.block_rows,), LOWEST, jnp.float32),
             jnp.zeros((config.block_rows,), jnp.float32),
-            jnp.zeros((config.block_rows, rank), jnp.float32),
+            jnp.zeros((rank, config.block_rows) if transposed else (config.block_rows, rank), jnp.float32),
         )
         steps = jax.lax.div(
             jnp.maximum(end - first, 0) + np.int32(config.block_keys - 1), np.int32(config.block_keys)
         )
-        m, total, acc = jax.lax.fori_loop(np.int32(0), steps, step, start)
+        start = (zeros, fetch(np.int32(0)) if config.ahead else ())
+        (m, total, acc), _ = jax.lax.fori_loop(np.int32(0), steps, step, start)
         nothing = total == 0
         safe = jnp.where(nothing, 1.0, total)
-        out = acc * (out_scale / safe)[:, None]
+        out = acc * to_rows(out_scale / safe)
+        if transposed:
+            out = out.T
         lse = jnp.where(nothing, -jnp.inf, m * (1 / LOG2_E) + jnp.log(safe))
         mask = in_rows[:, None] & (jnp.arange(rank) >= 0)[None]
         pltriton.store(out_ref.at[split, b, row_slice, pl.ds(0, rank)], out.astype(out_ref.dtype), mask=mask)
         pltriton.store(lse_ref.at[split, b, row_slice], lse, mask=in_rows)
-
-
-def _from_e4m3(codes):
-    """float8_e4m3fn, given as uint8, as float32: exact, NaN included.
-
-    Exponent and mantissa go where those of a float32 meet, and the biases differ by 120; sub-normals are multiples of
-    2^-9, made so that none is a sub-normal float32 on the way.
-    """
-    codes = codes.astype(jnp.int32)
-    magnitude = codes & 0x7F
-    normal = jax.lax.bitcast_convert_type((magnitude << 20) + np.int32(120 << 23), jnp.float32)
-    value = jnp.where(magnitude < 8, magnitude.astype(jnp.float32) * np.float32(2.0**-9), normal)
-    value = jnp.where(magnitude == 0x7F, np.float32(np.nan), value)
-    return jnp.where(codes >= 0x80, -value, value)
 
 
 def _places(b, start, key, wanted, table_refs, page_size, total, capacity, config: Config):

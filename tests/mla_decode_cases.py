@@ -113,12 +113,12 @@ def one_key_of_every_code(rng: np.random.Generator, *, heads: int, rank: int, ro
     entries[:, 1:] = 0x7F
     stored = jax.lax.bitcast_convert_type(jnp.asarray(entries), jnp.float8_e4m3fn)
     q = jnp.ones((batch, 1, heads, rank + rope), jnp.bfloat16).at[..., :rank].set(0)
-    values = np.array([_e4m3(code) for code in range(256)], np.float32)[entries[:, 0, :rank]]
+    values = np.array([e4m3(code) for code in range(256)], np.float32)[entries[:, 0, :rank]]
     exact = np.tile(values[:, None, None], (1, 1, heads, 1))
     return q, LatentCache(stored, jnp.ones(batch, jnp.int32), rank), jnp.ones((batch, 1), jnp.int32), exact
 
 
-def _e4m3(code: int) -> float:
+def e4m3(code: int) -> float:
     """OCP 8-bit Floating Point Specification, E4M3."""
     sign, exponent, mantissa = 1 - 2 * (code >> 7), code >> 3 & 15, code & 7
     if exponent == 15 and mantissa == 7:

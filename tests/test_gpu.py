@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 from kernel_checks import Case
 
-from mla_fp4_jax import MLAAttention, MLAConfig, MLAWeights, quantize_mxfp4, quantize_nvfp4
+from mla_fp4_jax import MLAAttention, MLAConfig, MLAWeights, fp4_bmm, quantize_mxfp4, quantize_nvfp4
 from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.implementations import INTERPRET, PREFERENCE, TRITON, XLA
@@ -137,6 +137,50 @@ def test_twenty_repeats_are_equal(can_run, case, rng):
 def test_rows_do_not_depend_on_their_batch(can_run, kind, rng):
     with may_decline(can_run):
         checks.check_batch_invariance(can_run, Case(129, 4, 192, 128, 512, *kind), rng, BATCHES[1:-1])
+
+
+# (tokens, warpgroups, tiles, token tiles, slots, accumulators, delay, evict_first): of k_up ("rows"), of v_up.
+TILES = {
+    "rows": (
+        (8, 1, 2, 1, 1, 2, 0, ""),
+        (16, 1, 1, 1, 1, 1, 0, ""),
+        (32, 1, 2, 2, 2, 2, 0, ""),
+        (64, 4, 2, 3, 3, 1, 0, "out"),
+        (64, 2, 1, 3, 2, 1, 0, "out"),
+    ),
+    "columns": (
+        (8, 1, 1, 1, 1, 1, 0, ""),
+        (16, 2, 1, 2, 2, 1, 0, ""),
+        (32, 1, 1, 1, 1, 1, 0, ""),
+        (64, 2, 1, 3, 2, 1, 2, "x"),
+        (64, 1, 1, 3, 2, 1, 4, "out"),
+    ),
+}
+
+
+@gpu
+@on("mosaic_gpu")
+@pytest.mark.parametrize("contract", ["rows", "columns"])
+def test_tiles_change_no_bit(can_run, contract, rng):
+    from pallas_kernels.fp4_bmm_tiles import Config
+
+    case = Case(130, 3, 128, 128, 512)
+    w = checks.pack_of(checks.random_pack(rng, case, can_run), case, can_run)
+    x = jnp.asarray(checks.random_x(rng, case, contract, exact=False))
+    columns = (0, case.P) if contract == "rows" else None
+    for tiles in TILES[contract]:
+        y = fp4_bmm(
+            x,
+            w,
+            contract,
+            rows=case.used[contract],
+            x_columns=columns,
+            implementation=can_run,
+            config=Config(*tiles),
+        )
+        np.testing.assert_array_equal(
+            checks.bits(y), checks.bits(checks.run(can_run, case, contract, x, w)), err_msg=str(tiles)
+        )
 
 
 @gpu

@@ -12,6 +12,7 @@ import pytest
 from mla_decode_cases import SCALE, Case, build, check, one_key_of_every_code, run_steps
 
 from mla_fp4_jax.ops import mla_decode
+from pallas_kernels import mla_decode_triton as triton
 from pallas_kernels.split_plan import STEP, choose_split_size
 
 IMPLEMENTATIONS = ("xla", "triton_interpret")
@@ -45,6 +46,22 @@ def run(built, *, implementation, split_size=None):
 def test_against_the_oracle(case, implementation, rng):
     built = build(case, rng)
     check(*run(built, implementation=implementation, split_size=128), case, built)
+
+
+TILINGS = [
+    triton.Config(16, 64, 4, 2, transposed=True),
+    triton.Config(16, 64, 8, 1, transposed=True, ahead=True),
+    triton.Config(32, 32, 4, 1, ahead=True),
+]
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_every_tiling_of_the_triton_kernel(tiling, cache_dtype, rng, monkeypatch):
+    monkeypatch.setattr(triton, "default_config", lambda *operands: tiling)
+    case = Case((0, 1, 63, 130), heads=20, page=16, bad_pages=True, cache_dtype=cache_dtype)
+    built = build(case, rng)
+    check(*run(built, implementation="triton_interpret", split_size=128), case, built)
 
 
 def test_split_sizes_give_the_same_attention(rng):

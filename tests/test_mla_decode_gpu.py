@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layers import make_layer, small_config
-from mla_decode_cases import SCALE, Case, build, check, one_key_of_every_code, run_steps
+from mla_decode_cases import SCALE, Case, build, check, e4m3, one_key_of_every_code, run_steps
 
 from mla_fp4_jax import MLAAttention, mla_prefill
 from mla_fp4_jax.ops import implementations, mla_decode
+from pallas_kernels import e4m3_triton
+from pallas_kernels import mla_decode_triton as triton
+from pallas_kernels.backend import pl, pltriton
 
 pytestmark = pytest.mark.gpu
 
 full = functools.partial(Case, rank=512, rope=64)
 KERNELS = ("mosaic_gpu", "triton")
-E4M3 = "float8_e4m3fn"
+BF16, E4M3 = "bfloat16", "float8_e4m3fn"
 E4M3_CASES = [
     (full((256, 256), heads=64), None),
     (full((256, 250), heads=128), 128),
@@ -87,6 +90,30 @@ def test_against_the_oracle(case, split_size, implementation, rng):
         assert all(np.array_equal(bits(x), bits(y)) for x, y in zip(first, again, strict=True))
 
 
+# All that bench.decode_variants may make the default.
+TILINGS = [
+    (triton.Config(16, 32, 4, 2), (BF16, E4M3)),
+    (triton.Config(16, 32, 8, 2), (E4M3,)),
+    (triton.Config(16, 64, 4, 2, transposed=True), (BF16,)),
+    (triton.Config(16, 64, 4, 1, transposed=True), (BF16,)),
+    (triton.Config(16, 64, 8, 2, transposed=True), (BF16,)),
+    (triton.Config(16, 64, 8, 1, transposed=True, ahead=True), (E4M3,)),
+    (triton.Config(64, 32, 8, 3), (BF16,)),
+    (triton.Config(64, 64, 8, 1), (BF16, E4M3)),
+    (triton.Config(64, 64, 8, 2), (BF16,)),
+]
+
+
+@pytest.mark.parametrize(("tiling", "cache_dtype"), [(config, dtype) for config, all_ in TILINGS for dtype in all_])
+def test_every_tiling_of_the_triton_kernel(tiling, cache_dtype, rng, monkeypatch):
+    needs("triton")
+    monkeypatch.setattr(triton, "default_config", lambda *operands: tiling)
+    case = full((300, 129, 1, 0), heads=20, page=64, cache_dtype=cache_dtype)
+    built = build(case, rng)
+    call = functools.partial(mla_decode, scale=SCALE, return_lse=True, split_size=256, implementation="triton")
+    check(*jax.jit(lambda *operands: call(*operands))(built.q, built.cache, built.visible), case, built)
+
+
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("heads", [16, 128])
 def test_a_sequence_does_not_depend_on_its_neighbours(implementation, heads, rng):
@@ -108,6 +135,24 @@ def test_every_finite_e4m3_code_is_read_exactly(implementation, rng):
     q, cache, visible, exact = one_key_of_every_code(rng, heads=64, rank=512, rope=64)
     out, _ = attend(q, cache, visible, implementation=implementation, split_size=128)
     assert np.array_equal(np.asarray(out.astype(jnp.float32)), exact)
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (8, 9)])
+def test_every_e4m3_byte_becomes_its_bf16(capability):
+    """As each kind of GPU has it, all of which this one knows."""
+    needs("triton")
+
+    def kernel(codes_ref, out_ref):
+        out_ref[...] = e4m3_triton.to_bf16(codes_ref[...], capability=capability)
+
+    codes = np.arange(1024).astype(np.uint8)
+    out = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(codes.shape, jnp.bfloat16),
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+    )(jnp.asarray(codes))
+    exact = np.array([e4m3(int(code)) for code in codes], np.float32)
+    np.testing.assert_array_equal(np.asarray(out.astype(jnp.float32)), exact)
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", E4M3])

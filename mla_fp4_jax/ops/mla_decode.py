@@ -100,15 +100,18 @@ def mla_decode(
         blocks = -(-q.shape[1] * q.shape[2] // _ROW_BLOCK)
         split_size = choose_split_size(q.shape[0] * blocks, cache.capacity)
     run = functools.partial(_run, scale=float(scale), split_size=split_size)
+    gpu = implementations.target_gpu()
+    capability = None if gpu is None or gpu.platform != "cuda" else gpu.capability or (8, 0)
     if implementation is None and name != XLA:
         # Decided for the device that is traced for; a program lowered for another one falls back.
-        chosen = functools.partial(run, name=name)
-        platforms = {"cuda": chosen} if name == MOSAIC else {"cuda": chosen, "rocm": chosen}
+        platforms = {"cuda": functools.partial(run, name=name, capability=capability or (8, 0))}
+        if name != MOSAIC:
+            platforms["rocm"] = functools.partial(run, name=name)
         out, lse = jax.lax.platform_dependent(
             q, cache, visible, **platforms, default=functools.partial(run, name=XLA)
         )
     else:
-        out, lse = run(q, cache, visible, name=name)
+        out, lse = run(q, cache, visible, name=name, capability=None if name == INTERPRET else capability)
     return (out, lse) if return_lse else out
 
 
@@ -145,7 +148,16 @@ def _why_not(name: str, q: Array, cache: Cache) -> str | None:
     return triton.unsupported(q, entries, table, kv_lora_rank=cache.kv_lora_rank)
 
 
-def _run(q: Array, cache: Cache, visible: Array, *, name: str, scale: float, split_size: int) -> tuple[Array, Array]:
+def _run(
+    q: Array,
+    cache: Cache,
+    visible: Array,
+    *,
+    name: str,
+    scale: float,
+    split_size: int,
+    capability: tuple[int, int] | None = None,
+) -> tuple[Array, Array]:
     if name == XLA:
         return attention.absorbed_attention(q, cache, visible, scale)
     entries, table = _entries(cache)
@@ -165,6 +177,7 @@ def _run(q: Array, cache: Cache, visible: Array, *, name: str, scale: float, spl
             scale=scale,
             entries_scale=cache.entries_scale,
             split_size=split_size,
+            capability=capability,
             interpret=name == INTERPRET,
         )
     rows = tokens * heads
