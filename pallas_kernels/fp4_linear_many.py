@@ -6,8 +6,7 @@ A CTA has 128 outputs (64 for each of two warpgroups) by up to 256 tokens, the w
 first thread loads x, block of 64 k by block, through a ring of slots with a barrier for full and one for empty. Codes
 and scales go from global memory to the registers of the thread that decodes them, two blocks ahead, and are decoded
 under the wgmma of the block before. `split` CTAs of a cluster share the contraction; their partial results meet in
-shared memory, in the ring's place, and are added in the order of the parts. `sharing` CTAs that have the same tokens
-may load a part of x each and send it to all.
+shared memory, in the ring's place, and are added in the order of the parts.
 """
 
 from __future__ import annotations
@@ -38,20 +37,13 @@ class Config:
 
     Attributes:
         split: CTAs of a cluster that share the contraction.
-        tokens: of a CTA, a multiple of 8 * sharing up to 256.
-        sharing: CTAs of a cluster that share x, 1 or 2.
+        tokens: of a CTA, a multiple of 8 up to 256.
         slots: 64-k blocks of x in shared memory at once, an even number.
     """
 
     split: int
     tokens: int = 256
-    sharing: int = 1
     slots: int = 6
-
-
-def cluster(config: Config) -> int:
-    """CTAs of a cluster."""
-    return config.split * config.sharing
 
 
 def token_tiles(problem: Problem, config: Config) -> int:
@@ -61,7 +53,7 @@ def token_tiles(problem: Problem, config: Config) -> int:
 
 def clusters(problem: Problem, config: Config) -> int:
     """In the grid: token tiles vary fastest, so that those that share weights run together."""
-    return -(-problem.outputs // (_ROWS * config.sharing)) * token_tiles(problem, config)
+    return -(-problem.outputs // _ROWS) * token_tiles(problem, config)
 
 
 def slot_bytes(config: Config) -> int:
@@ -77,16 +69,15 @@ def shared_memory_bytes(config: Config) -> int:
 
 def box(config: Config) -> tuple[int, int]:
     """Of x that one TMA loads: tokens and k."""
-    return config.tokens // config.sharing, BLOCK
+    return config.tokens, BLOCK
 
 
 def check_config(problem: Problem, config: Config) -> None:
     """Raise ValueError unless the config fits the problem."""
     c = config
     rules = {
-        "sharing must be 1 or 2": c.sharing in (1, 2),
-        "tokens must be a multiple of 8 * sharing up to 256": 0 < c.tokens <= 256 and c.tokens % (8 * c.sharing) == 0,
-        "split must be 1 or more, with at most 8 CTAs to a cluster": c.split >= 1 and cluster(c) <= 8,
+        "tokens must be a multiple of 8 in 8 .. 256": 8 <= c.tokens <= 256 and c.tokens % 8 == 0,
+        "split must be 1 .. 8": 1 <= c.split <= 8,
         "split must be at most K / 128": c.split <= problem.contraction // (2 * BLOCK),
         "64 must divide the first weight's outputs": problem.first_outputs % BLOCK == 0,
         "slots must be an even number from 4 on": c.slots >= 4 and c.slots % 2 == 0,
@@ -129,7 +120,7 @@ class _Kernel:
         if self.c.split > 1:
             ptx("barrier.cluster.arrive.relaxed;", "barrier.cluster.wait;")
         ptx(f"{end}:")
-        if cluster(self.c) > 1:  # a CTA's memory must outlive the others' use of it
+        if self.c.split > 1:  # a CTA's memory must outlive the others' use of it
             ptx("barrier.cluster.arrive.relaxed;", "barrier.cluster.wait;")
         return ptx.text()
 
@@ -138,9 +129,7 @@ class _Kernel:
         ptx, p, c = self.ptx, self.p, self.c
         self.tid, self.thread, self.lane = ptx.reg("tid"), ptx.reg("thread"), ptx.reg("lane")
         self.w, self.wg, self.g, self.t = (ptx.reg(name) for name in ("w", "wg", "g", "t"))
-        self.row_tile, self.token, self.part, self.member = (
-            ptx.reg(name) for name in ("row_tile", "token", "part", "member")
-        )
+        self.row_tile, self.token, self.part = (ptx.reg(name) for name in ("row_tile", "token", "part"))
         self.first, self.blocks = ptx.reg("first"), ptx.reg("blocks")
         self.tmp, self.tmp2 = ptx.regs("tmp", 2)
         self.shared, self.barriers = ptx.reg("shared"), ptx.reg("barriers")
@@ -158,13 +147,11 @@ class _Kernel:
             f"and.b32 {self.t}, {self.lane}, 3;",
             f"mov.u32 {self.tmp}, %ctaid.x;",
         )
-        # ctaid = ((row_tile / sharing * token tiles + token tile) * sharing + row_tile % sharing) * split + part
-        ptx.divide(self.tmp2, self.part, self.tmp, c.split, count * cluster(c))
-        ptx.divide(self.tmp, self.member, self.tmp2, c.sharing, count * c.sharing)
-        ptx.divide(self.row_tile, self.token, self.tmp, tiles, count)
+        # ctaid = (row_tile * token tiles + token tile) * split + part
+        ptx.divide(self.tmp2, self.part, self.tmp, c.split, count * c.split)
+        ptx.divide(self.row_tile, self.token, self.tmp2, tiles, count)
         pairs = p.contraction // (2 * BLOCK)
         ptx(
-            f"mad.lo.u32 {self.row_tile}, {self.row_tile}, {c.sharing}, {self.member};",
             f"mul.lo.u32 {self.token}, {self.token}, {c.tokens};",
             f"mul.lo.u32 {self.tmp}, {self.part}, {pairs};",
             f"add.u32 {self.tmp2}, {self.tmp}, {pairs};",
@@ -182,9 +169,9 @@ class _Kernel:
         )
 
     def _prepare_barriers(self) -> None:
-        """For each slot one for full, after all of them one for empty: every warp that multiplies, of all sharing."""
+        """For each slot one for full, after all of them one for empty, where every warp that multiplies arrives."""
         ptx, c = self.ptx, self.c
-        skip, warps = ptx.label("not_the_first"), 4 * _CONSUMERS * c.sharing
+        skip, warps = ptx.label("not_the_first"), 4 * _CONSUMERS
         ptx(f"setp.ne.u32 {self.pred}, {self.tid}, 0;", f"@{self.pred} bra {skip};")
         for slot in range(c.slots):
             ptx(
@@ -192,18 +179,15 @@ class _Kernel:
                 f"mbarrier.init.shared::cta.b64 [{self.barriers}+{8 * (c.slots + slot)}], {warps};",
             )
         ptx("fence.mbarrier_init.release.cluster;", f"{skip}:")
-        if cluster(c) > 1:
-            ptx("barrier.cluster.arrive.release;", "barrier.cluster.wait.acquire;")
-        else:
-            ptx(f"bar.sync 0, {128 * WARPGROUPS};")
+        ptx(f"bar.sync 0, {128 * WARPGROUPS};")
 
     def _load(self) -> None:
-        """One thread: this CTA's part of x, block after block, to all that share it."""
+        """One thread: x, block after block."""
         ptx, c = self.ptx, self.c
-        block, slot, parity, at, k, row = (ptx.reg(name) for name in ("block", "slot", "parity", "at", "k", "row"))
-        full, mask = ptx.reg("full"), ptx.reg("mask", "b16")
+        block, slot, parity, at, k = (ptx.reg(name) for name in ("block", "slot", "parity", "at", "k"))
+        full = ptx.reg("full")
         again, done = ptx.label("load"), ptx.label("loaded")
-        part, tensor_map = box(c)[0], "$7" if self.p.first_outputs else "$5"
+        tensor_map = "$7" if self.p.first_outputs else "$5"
         ptx(
             f"setp.ne.u32 {self.pred}, {self.thread}, 0;",
             f"@{self.pred} bra {done};",
@@ -211,23 +195,14 @@ class _Kernel:
             f"mov.u32 {slot}, 0;",
             f"mov.u32 {parity}, 1;",
             f"shl.b32 {k}, {self.first}, 6;",
-            f"mad.lo.u32 {row}, {self.member}, {part}, {self.token};",
         )
-        if c.sharing > 1:  # ranks part and part + split of the cluster
-            ptx(
-                f"mov.u32 {self.tmp}, {sum(1 << (c.split * i) for i in range(c.sharing))};",
-                f"shl.b32 {self.tmp}, {self.tmp}, {self.part};",
-                f"cvt.u16.u32 {mask}, {self.tmp};",
-            )
         ptx(f"{again}:", f"mad.lo.u32 {full}, {slot}, 8, {self.barriers};")
         self._await(full, 8 * c.slots, parity)
-        many, suffix = (".multicast::cluster", f", {mask}") if c.sharing > 1 else ("", "")
         ptx(
             f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [{full}], {slot_bytes(c)};",
             f"mad.lo.u32 {at}, {slot}, {slot_bytes(c)}, {self.shared};",
-            f"mad.lo.u32 {at}, {self.member}, {part * SLAB_BYTES}, {at};",
-            f"cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes{many} "
-            f"[{at}], [{tensor_map}, {{{k}, {row}}}], [{full}]{suffix};",
+            f"cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+            f"[{at}], [{tensor_map}, {{{k}, {self.token}}}], [{full}];",
             f"add.u32 {k}, {k}, {BLOCK};",
         )
         self._next(slot, parity)
@@ -240,8 +215,6 @@ class _Kernel:
 
     def _await(self, barrier: str, offset: int, parity: str) -> None:
         ptx = self.ptx
-        # Of the CTA's scope even where others arrive: what it guards goes through the async proxy alone, and a wait
-        # or an arrival of the cluster's scope would wait for, or drop, what a thread has under way in global memory.
         again = ptx.label("await")
         ptx(
             f"{again}:",
@@ -314,15 +287,8 @@ class _Kernel:
             f"mov.u32 {self.slot}, 0;",
             f"mov.u32 {self.parity}, 0;",
             f"mov.u32 {self.free}, {c.slots - 2};",  # of the block before the last
-            # Lane i tells the i-th of those that share x that a slot is free.
             f"add.u32 {self.release}, {self.barriers}, {8 * c.slots};",
         )
-        if c.sharing > 1:
-            ptx(
-                f"and.b32 {self.tmp}, {self.lane}, {c.sharing - 1};",
-                f"mad.lo.u32 {self.tmp}, {self.tmp}, {c.split}, {self.part};",
-                f"mapa.shared::cluster.u32 {self.release}, {self.release}, {self.tmp};",
-            )
         for b in range(2):
             self._fetch(b, "")
         self._fetch_scales("")
@@ -342,7 +308,7 @@ class _Kernel:
             f"@{far} prefetch.global.L2 [{self.codes}+{(_AHEAD + 1) * BLOCK_BYTES}];",
             f"add.u64 {self.codes}, {self.codes}, {2 * BLOCK_BYTES};",
             f"add.u64 {self.scales}, {self.scales}, {2 * SCALE_WORD_BYTES};",
-            f"setp.lt.u32 {self.again}, {self.lane}, {c.sharing};",
+            f"setp.eq.u32 {self.again}, {self.lane}, 0;",  # for its warp
             f"setp.ne.and.u32 {self.releases}, {block}, 0, {self.again};",
         )
         bias_scales(ptx, self.constants, self.scale_words)
@@ -370,10 +336,7 @@ class _Kernel:
         fragments = self.fragments[b]
         # What used these fragments last is complete, and its slot of x is free.
         ptx("wgmma.wait_group.sync.aligned 1;", f"mad.lo.u32 {self.tmp}, {self.free}, 8, {self.release};")
-        if c.sharing > 1:
-            ptx(f"@{self.releases} mbarrier.arrive.shared::cluster.b64 _, [{self.tmp}];")
-        else:
-            ptx(f"@{self.releases} mbarrier.arrive.shared::cta.b64 _, [{self.tmp}];")
+        ptx(f"@{self.releases} mbarrier.arrive.shared::cta.b64 _, [{self.tmp}];")
         self._next(self.free, None)
         decode_block(ptx, self.constants, self.words[b], self.scale_words[b], self.factors, fragments)
         self._fetch(b, f"@{self.more} ")
@@ -419,15 +382,10 @@ class _Kernel:
         ptx, p, c = self.ptx, self.p, self.c
         groups = _ROWS // 8  # of a token
         items, step = c.tokens * groups, _THREADS * c.split
-        token, group, at, item, there, rank = (
-            ptx.reg(name) for name in ("token", "group", "at", "item", "there", "r")
-        )
+        token, group, at, item, there = ptx.regs("item", 5)
         total, more = ptx.regs("total", 8, "f32"), ptx.regs("more", 8, "f32")
         out = ptx.reg("out", "b64")
-        ptx(
-            f"mad.lo.u32 {item}, {self.part}, {_THREADS}, {self.tid};",
-            f"mul.lo.u32 {rank}, {self.member}, {c.split};",
-        )
+        ptx(f"mad.lo.u32 {item}, {self.part}, {_THREADS}, {self.tid};")
         for first in range(0, items, step):
             done = ptx.label("stored")
             ptx(
@@ -450,10 +408,7 @@ class _Kernel:
                 into = total if part == 0 else more
                 space, source = "shared", at
                 if c.split > 1:
-                    ptx(
-                        f"add.u32 {there}, {rank}, {part};",
-                        f"mapa.shared::cluster.u32 {there}, {at}, {there};",
-                    )
+                    ptx(f"mapa.shared::cluster.u32 {there}, {at}, {part};")
                     space, source = "shared::cluster", there
                 for i in (0, 4):
                     ptx(f"ld.{space}.v4.f32 {vector(into[i : i + 4])}, [{source}+{i * 4}];")

@@ -89,7 +89,7 @@ def fp4_linear_mosaic_gpu(
             grid=many.clusters(problem, config),
             warpgroups=many.WARPGROUPS,
             shared_memory_bytes=many.shared_memory_bytes(config),
-            cluster=many.cluster(config),
+            cluster=config.split,
             optional=0 if second is None else 2,
             maps={0: many.box(config)},
         )(x, codes, scales, *(second or ()))
@@ -190,7 +190,7 @@ def _many(problem: Problem) -> many.Config:
     pairs = problem.contraction // (2 * BLOCK)
     fewest = -(-problem.batch // _MANY_TOKENS)
     choices = [
-        many.Config(split, _round_up(-(-problem.batch // tiles), 8), slots=6)
+        many.Config(split, _round_up(-(-problem.batch // tiles), 8))
         for tiles in range(fewest, fewest + 3)
         for split in range(1, min(8, pairs) + 1)
     ]

@@ -138,7 +138,7 @@ def test_default_tiles_fit(problem):
     if isinstance(config, many.Config):
         many.check_config(problem, config)
         assert many.token_tiles(problem, config) * config.tokens >= problem.batch > INVARIANT_TOKENS
-        rows = many.clusters(problem, config) // many.token_tiles(problem, config) * config.sharing * 128
+        rows = many.clusters(problem, config) // many.token_tiles(problem, config) * 128
         assert rows >= problem.outputs
         return
     check_config(problem, config)
@@ -166,12 +166,11 @@ def test_tiles_that_do_not_fit_are_named(change, says):
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"split": 9}, "split"), ({"split": 5, "sharing": 2}, "cluster"), ({"tokens": 264}, "tokens")]
-    + [({"tokens": 72, "sharing": 2}, "tokens"), ({"sharing": 3}, "sharing"), ({"slots": 5}, "even number")]
-    + [({"slots": 16}, "227 KiB")],
+    [({"split": 9}, "1 .. 8"), ({"tokens": 264}, "tokens"), ({"tokens": 12}, "tokens")]
+    + [({"slots": 5}, "even number"), ({"slots": 16}, "227 KiB")],
 )
 def test_tiles_of_many_tokens_that_do_not_fit_are_named(change, says):
-    fits = many.Config(2, 128, 1, 6)
+    fits = many.Config(2, 128, 6)
     problem = Problem(300, 192, 1024)
     many.check_config(problem, fits)
     with pytest.raises(ValueError, match=says):
