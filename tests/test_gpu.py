@@ -233,11 +233,10 @@ CONFIG = MLAConfig(
 SMALL = dataclasses.replace(CONFIG, hidden_size=64, num_attention_heads=2, q_lora_rank=32, kv_lora_rank=64)
 
 
-def cpu_layer(dtype, config: MLAConfig = CONFIG) -> MLAAttention:
+def cpu_layer(dtype, config: MLAConfig = CONFIG, kv_b_format: str = "mxfp4") -> MLAAttention:
+    formats = {"kv_b_format": kv_b_format, "linear_formats": {"o_proj": "mxfp4"}}
     with jax.default_device(jax.devices("cpu")[0]):
-        layer = MLAAttention(
-            config, linear_formats={"o_proj": "mxfp4"}, dtype=dtype, rngs=nnx.Rngs(0), implementation=XLA
-        )
+        layer = MLAAttention(config, **formats, dtype=dtype, rngs=nnx.Rngs(0), implementation=XLA)
         return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0]), layer)
 
 
@@ -261,8 +260,8 @@ def serve(layer: MLAAttention, x: np.ndarray, device, page_size: int | None) -> 
         return np.asarray(jnp.concatenate(outputs, axis=1).astype(jnp.float32))
 
 
-def check_layer(implementation, device, dtype, page_size, rng, config=CONFIG):
-    layer = cpu_layer(dtype, config)
+def check_layer(implementation, device, dtype, page_size, rng, config=CONFIG, kv_b_format="mxfp4"):
+    layer = cpu_layer(dtype, config, kv_b_format)
     x = rng.standard_normal((3, 24, config.hidden_size)).astype(np.float32)
     want = serve(layer, x, jax.devices("cpu")[0], page_size)
     got = serve(moved(layer, device, implementation), x, device, page_size)
@@ -280,6 +279,11 @@ def check_layer(implementation, device, dtype, page_size, rng, config=CONFIG):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_layer_gives_what_it_gives_on_a_cpu(can_run, dtype, page_size, rng):
     check_layer(can_run, jax.devices()[0], dtype, page_size, rng)
+
+
+@gpu
+def test_a_layer_whose_kv_b_proj_is_nvfp4(rng):
+    check_layer(None, jax.devices()[0], jnp.bfloat16, None, rng, kv_b_format="nvfp4")
 
 
 def check_donated_loop(implementation, device, page_size, rng, steps: int, config=CONFIG):
