@@ -62,7 +62,8 @@ def shapes_section(result: dict) -> str:
             keys = [((matmul.DENSE, op, batch), (matmul.MOSAIC, op, batch)) for op in matmul.OPS]
             ratios = [f"{found[dense] / found[own]:.2f}" for dense, own in keys if dense in found and own in found]
             cells.append(" / ".join(ratios) or "-")
-        lines.append(row(shape, *cells))
+        if set(cells) != {"-"}:
+            lines.append(row(shape, *cells))
     return "\n".join(lines)
 
 
