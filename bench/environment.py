@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -28,6 +29,7 @@ def describe(commit: str | None = None) -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version for name in _DISTRIBUTIONS if (version := _version(name))},
         "driver": _driver(),
+        **({"xla_flags": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
     }
 
 
