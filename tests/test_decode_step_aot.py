@@ -43,8 +43,9 @@ def packed_layer(config: MLAConfig) -> MLAWeights:
     return MLAWeights(**{name: weight(name, shape) for name, shape in weight_shapes(config).items()})
 
 
+# Sizes of no other test that compiles: ptxas says nothing of a kernel that this process has compiled before.
 @pytest.mark.parametrize("page_size", [None, 64])
-@pytest.mark.parametrize("batch", [1, 32, 128])
+@pytest.mark.parametrize("batch", [3, 40, 100])
 def test_its_kernels(batch, page_size):
     def layer(weights, x, cache):
         assert why_not(MOSAIC) is None
