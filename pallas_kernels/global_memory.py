@@ -1,39 +1,8 @@
-"""Loading a word from global memory and storing a part of an array there, for Mosaic GPU kernels."""
+"""Storing a part of a warpgroup's array to global memory, for Mosaic GPU kernels."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
-from pallas_kernels.mosaic import (
-    SCALAR,
-    WGMMA,
-    FragmentedArray,
-    arith,
-    inline,
-    ir,
-    llvm,
-    mgpu_utils,
-    plgpu,
-    scf,
-    vector,
-)
-
-
-def read_word(ref, index) -> jax.Array:
-    """Element `index` (row-major, not negative) of an int32 array that nobody writes, asked for where this stands."""
-
-    @inline(arg_types=(plgpu.RefType(), SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
-    def read(ctx, ref, index):
-        del ctx
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
-        bytes_ = arith.muli(arith.extui(i64, index.registers.item()), arith.constant(i64, ir.IntegerAttr.get(i64, 4)))
-        text = "ld.global.nc.u32 $0, [$1];"
-        word = llvm.inline_asm(i32, [arith.addi(base, bytes_)], text, "=r,l", asm_dialect=0, has_side_effects=True)
-        return FragmentedArray.splat(word, (), is_signed=True)
-
-    return read(ref, index)
+from pallas_kernels.mosaic import SCALAR, WGMMA, arith, inline, ir, mgpu_utils, plgpu, scf, vector
 
 
 def store_rows(ref, x, rows) -> None:

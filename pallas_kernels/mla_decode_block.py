@@ -110,7 +110,7 @@ def shared_memory(problem: Problem) -> dict:
         m_odd=plgpu.SMEM((ROWS,), jnp.float32),
         zero=plgpu.SMEM((128,), jnp.int32),
         present=plgpu.SMEM((2,), jnp.int32),
-        q_full=plgpu.Barrier(num_barriers=3),  # left, right, rope
+        q_full=plgpu.Barrier(num_arrivals=3),
         full=plgpu.Barrier(num_arrivals=1 if problem.e4m3 else problem.pieces, num_barriers=2 * TILES),
         # (slot, half): the half's last product is done, in both blocks of a cluster.
         empty=(cluster_barrier if shared else plgpu.Barrier)(num_barriers=4),
@@ -144,16 +144,14 @@ class Block:
         if problem.cluster == 2:
             self.index = self.index * 2 + lax.axis_index("h")
         self.visible_ref, self.length_ref = visible_ref, length_ref
-        self.first = self.split * (problem.split_size // PAIR)
-        self.queries = (scratch["q_left"], scratch["q_right"], scratch["q_rope"])
-
-    def read_lengths(self) -> None:
-        """Set most, least and steps."""
         visible = self.visible()
         self.most = functools.reduce(jnp.maximum, visible)
         self.least = functools.reduce(jnp.minimum, visible)
+        per_split = problem.split_size // PAIR
+        self.first = self.split * per_split
         pairs = lax.div(jnp.maximum(self.most, 0) + (PAIR - 1), jnp.int32(PAIR))
-        self.steps = jnp.clip(pairs - self.first, 0, self.problem.split_size // PAIR)
+        self.steps = jnp.clip(pairs - self.first, 0, per_split)
+        self.queries = (scratch["q_left"], scratch["q_right"], scratch["q_rope"])
 
     def visible(self):
         """How many keys each new token sees."""

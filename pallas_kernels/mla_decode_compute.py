@@ -34,8 +34,8 @@ def compute(block: Block, w: int) -> None:
     s = block.shared
     s["zero"][...] = plgpu.layout_cast(jnp.full((128,), 0, jnp.int32), plgpu.Layout.WG_STRIDED((128,), vec_size=1))
     plgpu.commit_smem()
+    plgpu.barrier_wait(s["q_full"])
     if block.problem.e4m3:
-        _wait_for_queries(block)
         half = s["q_right" if w else "q_left"]
         shared_memory.bf16_to_f16(half, 0, ROWS * L, E4M3_Q_EXPONENT)
         shared_memory.bf16_to_f16(s["q_rope"], w * ROWS * R, ROWS * R, E4M3_Q_EXPONENT)
@@ -44,9 +44,6 @@ def compute(block: Block, w: int) -> None:
     step = functools.partial((_even, _odd)[w], block)
     start = (wgmma.zeros(L // 2), _row(LOWEST), _row(0.0))
     acc, m, total = lax.fori_loop(0, block.steps, step, start)
-    if not block.problem.e4m3:
-        # Without a step nothing has waited for the queries, and the output is staged where they go.
-        pl.when(block.steps == 0)(functools.partial(_wait_for_queries, block))
     _finish(block, w, acc, m, total)
     if block.problem.cluster == 2:
         # The other block may still arrive at this one's barriers.
@@ -109,9 +106,6 @@ def _scores(block, slot, i, zero):
     acc, kind = None, block.problem.kind
     # In the order in which the tiles are asked for.
     for tile in range(TILES):
-        if tile % 4 == 0 and not block.problem.e4m3:
-            # A third of the queries with the first tile that meets it: the first step need not wait for all of them.
-            pl.when(i == 0)(functools.partial(plgpu.barrier_wait, block.shared["q_full"].at[tile // 4]))
         plgpu.barrier_wait(block.shared["full"].at[slot * TILES + tile])
         if tile == TILES - 1:
             acc = wgmma.scores(block.queries[2], block.shared["rope"].at[slot], zero, acc, kind=kind)
@@ -132,11 +126,6 @@ def _scores(block, slot, i, zero):
         return jnp.where(seen, scores, -jnp.inf)
 
     return lax.cond(whole, lambda scores: scores, hide, scores)
-
-
-def _wait_for_queries(block):
-    for part in range(3):
-        plgpu.barrier_wait(block.shared["q_full"].at[part])
 
 
 def _tile_set(block, slot, i):

@@ -1,46 +1,42 @@
-"""The warp that loads, of the Mosaic GPU decoding attention: cache entries tile by tile, and the queries once.
+"""The warp that loads, of the Mosaic GPU decoding attention: queries once, then cache entries tile by tile.
 
-The queries come in three parts, each just before the first tiles that it meets: all of them at once would keep the
-first scores waiting. A slot's tiles are asked for in the order in which the scores take them, its two halves each as
-soon as the last product that reads the half is done. A page id is checked before it becomes an address: one outside
-0 .. N-1 loads page 0 instead, and the slot's presence bits tell the warpgroups that compute to hide it.
+A slot's tiles are asked for in the order in which the scores take them, its two halves each as soon as the last
+product that reads the half is done. A page id is checked before it becomes an address: one outside 0 .. N-1 loads
+page 0 instead, and the slot's presence bits tell the warpgroups that compute to hide it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import global_memory
 from pallas_kernels.backend import pl
 from pallas_kernels.mla_decode_block import KEYS, LOADER_REGISTERS, ROWS, TILES, Block
 from pallas_kernels.mosaic import in_first_warp, plgpu
 
 
-def load(block: Block, first_ids: list[tuple]) -> None:
-    """The third warpgroup's whole work, done by its first warp; page ids of the first step are there already."""
+def load(block: Block) -> None:
+    """The third warpgroup's whole work, done by its first warp."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-    in_first_warp(functools.partial(_produce, block, first_ids))
+    in_first_warp(functools.partial(_produce, block))
 
 
-def load_queries(block: Block, parts: Sequence[int] = (0, 1, 2)) -> None:
-    """Ask for them: 256 columns, the next 256, the rope's."""
-    for j in parts:
-        ref = block.queries[j]
+def load_queries(block: Block) -> None:
+    """Ask for them."""
+    for j, ref in enumerate(block.queries):
         rows = block.q_ref.at[block.b, pl.ds(block.index * ROWS, ROWS), pl.ds(j * 256, ref.shape[1])]
-        plgpu.copy_gmem_to_smem(rows, ref, block.shared["q_full"].at[j])
+        plgpu.copy_gmem_to_smem(rows, ref, block.shared["q_full"])
 
 
-def _produce(block, ids):
-    load_queries(block, [0])
-    pl.when(block.steps == 0)(functools.partial(load_queries, block, [1, 2]))
+def _produce(block):
+    load_queries(block)
 
     @pl.when(block.steps > 0)
     def _():
+        ids = page_ids(block, 0)
         for slot in (0, 1):
             _fill(block, 0, slot, ids[slot], first=True)
 
@@ -56,11 +52,8 @@ def _produce(block, ids):
         lax.fori_loop(1, block.steps, step, page_ids(block, 1))
 
 
-def page_ids(block: Block, i, *, now: bool = False) -> list[tuple]:
-    """By slot, the table's entries for a step's tile set, one a piece; none where the cache is contiguous.
-
-    With `now` no compiler moves the loads to where the ids are used.
-    """
+def page_ids(block: Block, i) -> list[tuple]:
+    """By slot, the table's entries for a step's tile set, one a piece; none where the cache is contiguous."""
     if block.table_ref is None:
         return [(), ()]
     problem, width = block.problem, block.table_ref.shape[1]
@@ -70,10 +63,7 @@ def page_ids(block: Block, i, *, now: bool = False) -> list[tuple]:
         tile = 2 * (block.first + i) + slot
         column = lax.div(tile, jnp.int32(per_page)) if per_page > 1 else tile * problem.pieces + piece
         # A step may start past the table: any page does there, none of its keys is visible.
-        column = jnp.minimum(column, width - 1)
-        if now:
-            return global_memory.read_word(block.table_ref, block.b * width + column)
-        return block.table_ref[block.b, column]
+        return block.table_ref[block.b, jnp.minimum(column, width - 1)]
 
     return [tuple(entry(slot, piece) for piece in range(problem.pieces)) for slot in (0, 1)]
 
@@ -107,15 +97,11 @@ def _fill(block, i, slot, ids, *, first):
     for half in (0, 1):
         if not first:
             plgpu.barrier_wait(block.shared["empty"].at[2 * slot + half])
-        elif (slot, half) == (0, 1):
-            load_queries(block, [1])
         for tile in range(4 * half, 4 * half + 4):
             copy(tile, block.shared["latent"].at[slot, tile])
     # Both halves of the slot are free: so are its rope tile, which holds P, and its presence bits.
     if present is not None:
         block.shared["present"][slot] = present
-    if first and slot == 0:
-        load_queries(block, [2])
     copy(TILES - 1, block.shared["rope"].at[slot])
 
 

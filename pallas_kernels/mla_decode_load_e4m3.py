@@ -21,8 +21,8 @@ from pallas_kernels.mosaic import plgpu
 PUBLISHED = {1: 0, 3: 2, 5: 4, 7: 6, 8: 8}
 
 
-def load_e4m3(block: Block, ids: list[tuple]) -> None:
-    """The third warpgroup's whole work; the page ids of the first step are there already."""
+def load_e4m3(block: Block) -> None:
+    """The third warpgroup's whole work."""
     plgpu.set_max_registers(E4M3_LOADER_REGISTERS, action="decrease")
     load_queries(block)
     zeros = jnp.full((128,), 0, jnp.int32)
@@ -31,6 +31,7 @@ def load_e4m3(block: Block, ids: list[tuple]) -> None:
 
     @pl.when(block.steps > 0)
     def _():
+        ids = page_ids(block, 0)
         words, present = _fetch_all(block, 0, 0, ids[0])
         _prefetch(block, 0, 1, ids[1])
 

@@ -37,7 +37,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from pallas_kernels.backend import pl
 from pallas_kernels.mla_decode_block import ROWS, Block, L, Problem, R, shared_memory
 from pallas_kernels.mla_decode_compute import compute
-from pallas_kernels.mla_decode_load import load, page_ids
+from pallas_kernels.mla_decode_load import load
 from pallas_kernels.mla_decode_load_e4m3 import load_e4m3
 from pallas_kernels.mosaic import compiler_params, plgpu
 
@@ -125,15 +125,12 @@ def _kernel(problem: Problem, q_ref, kv_ref, *refs, **scratch):
         table_ref, *refs = refs
     visible_ref, length_ref, out_ref, lse_ref = refs
     block = Block(problem, q_ref, kv_ref, table_ref, visible_ref, length_ref, out_ref, lse_ref, scratch)
-    # Both come from memory that no cache holds yet: one wait, not two.
-    first_ids = page_ids(block, 0, now=True)
-    block.read_lengths()
 
     # A split that starts past the end has nothing to do; a lone one must still write zeros.
     @pl.when((block.steps > 0) | (problem.splits == 1))
     def _():
         warpgroup = lax.axis_index("wg")
-        pl.when(warpgroup == 2)(functools.partial(load_e4m3 if problem.e4m3 else load, block, first_ids))
+        pl.when(warpgroup == 2)(functools.partial(load_e4m3 if problem.e4m3 else load, block))
         pl.when(warpgroup == 0)(functools.partial(compute, block, 0))
         pl.when(warpgroup == 1)(functools.partial(compute, block, 1))
 
