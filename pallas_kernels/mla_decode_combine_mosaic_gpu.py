@@ -2,9 +2,9 @@
 
     lse = log sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
 
-over the splits that hold a key the sequence sees. A CTA merges one row, a thread four of its columns. What was read is
-then discarded from the L2 cache: nobody reads it again, and the kernels that follow would wait for the memory while it
-is written back (8 to 17 MB in DeepSeek-V3's shapes; PTX ISA, "discard").
+over the splits that hold a key the sequence sees. A CTA merges one row, a thread four of its columns. What was read
+is then discarded from the L2 cache: nobody reads it again, and the kernels that follow would wait for the memory while
+it is written back (8 to 17 MB in DeepSeek-V3's shapes; PTX ISA, "discard").
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def combine_splits_mosaic_gpu(
     rows: int,
     split_size: int,
 ) -> tuple[Float[Array, "B rows L"], Float[Array, "B rows"]]:
-    """combine_splits for L = 512 into bfloat16. `out` must have no other reader: its bytes are undefined afterwards."""
+    """combine_splits for L = 512 into bfloat16. `out` must have no other reader: its bytes are undefined after it."""
     splits, batch, padded, width = out.shape
     if width != WIDTH:
         raise NotImplementedError(f"combine_splits_mosaic_gpu: out must have {WIDTH} columns; got {width}.")
