@@ -3,8 +3,8 @@
     lse = log sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
 
 over the splits that hold a key the sequence sees. A CTA merges one row, a thread four of its columns. What was read
-is then discarded from the L2 cache: nobody reads it again, and the kernels that follow would wait for the memory while
-it is written back (8 to 17 MB in DeepSeek-V3's shapes; PTX ISA, "discard").
+is then discarded from the L2 cache: nobody reads it again, and the kernels that follow would wait for the memory
+while it is written back (8 to 17 MB in DeepSeek-V3's shapes; PTX ISA, "discard").
 """
 
 from __future__ import annotations
