@@ -30,9 +30,8 @@ from bench.stack import (
     ROOM,
     compiled_step,
     find_sharding,
-    make_caches,
-    make_input,
     make_stack,
+    make_state,
     one_layer,
     time_steps,
 )
@@ -105,8 +104,9 @@ def gate_single(run: Run, packed: bool) -> dict:
     """One device, with the kernels that will be timed, against XLA in float32."""
     keys = 64 if run.args.small else 1024
     stack = make_stack(run.config, Layout(), 1, packed, run.args.implementation, run.args.attention)
-    (cache,) = make_caches(stack, 4, keys)
-    h = make_input(stack, 4)
+    state = make_state(stack, 4, keys)
+    h, (entries,) = state.h, state.entries
+    cache = LatentCache(entries, state.length, run.config.kv_lora_rank)
     wide = jax.jit(
         lambda w, h, c: mla_decode(
             w, h, c, run.config, dtype=jnp.float32, implementation="xla", attention_implementation="xla"
@@ -126,7 +126,7 @@ def gate_single(run: Run, packed: bool) -> dict:
     plain = one_layer(run.config, packed)
     single = jax.devices()[0]
     whole = LatentCache(
-        jax.device_put(cache.entries, single).astype(jnp.float32), jnp.full((4,), keys, jnp.int32), cache.kv_lora_rank
+        jax.device_put(entries, single).astype(jnp.float32), jnp.full((4,), keys, jnp.int32), cache.kv_lora_rank
     )
     reference = np.asarray(wide(plain, jax.device_put(h, single).astype(jnp.float32), whole))
     error = relative(np.asarray(here(stack.weights[0], h, cache).astype(jnp.float32)), reference)
@@ -167,8 +167,8 @@ def timed(run: Run, layout: Layout, sequences: int, keys: int, reference: np.nda
     layers = layers_for(run, sequences if layout.batch == 1 else sequences // layout.batch, keys)
     stack = make_stack(run.config, layout, layers, run.args.packed, run.args.implementation, run.args.attention)
     step, found = compiled_step(stack), {}
-    h, caches = step(stack.weights, make_input(stack, sequences), make_caches(stack, sequences, keys))
-    got = np.asarray(h.astype(jnp.float32))
+    state = step(stack.weights, make_state(stack, sequences, keys))
+    got = np.asarray(state.h.astype(jnp.float32))
     if not np.isfinite(got).all():
         raise RuntimeError("the output is not finite; not timed.")
     if reference is None:
@@ -180,7 +180,7 @@ def timed(run: Run, layout: Layout, sequences: int, keys: int, reference: np.nda
         if not error <= LAYER_BOUND * np.sqrt(layers):
             raise RuntimeError(f"it is {error:.2e} from one device, more than {LAYER_BOUND:.1e}; not timed.")
     steps, repeats = (3, 3) if run.args.small else (20, 5)
-    seconds, spread = time_steps(step, stack, h, caches, steps=steps, repeats=repeats)
+    seconds, spread = time_steps(step, stack, state, steps=steps, repeats=repeats)
     found |= {
         "us": round(1e6 * seconds / layers, 2),
         "spread_us": round(1e6 * spread / layers, 2),
@@ -249,9 +249,7 @@ def whole_stack(run: Run, layout: Layout) -> dict:
     few = [
         make_stack(run.config, at, 2, True, run.args.implementation, run.args.attention) for at in (Layout(), layout)
     ]
-    alone, spread = (
-        compiled_step(stack)(stack.weights, make_input(stack, 4), make_caches(stack, 4, 64))[0] for stack in few
-    )
+    alone, spread = (compiled_step(stack)(stack.weights, make_state(stack, 4, 64)).h for stack in few)
     error = relative(np.asarray(spread.astype(jnp.float32)), np.asarray(alone.astype(jnp.float32)))
     if not error <= LAYER_BOUND * np.sqrt(2):
         raise RuntimeError(
@@ -261,22 +259,22 @@ def whole_stack(run: Run, layout: Layout) -> dict:
     layers, tokens = (3, 8) if run.args.small else (run.args.layers, STACK_TOKENS)
     keys, sequences = (64, 4) if run.args.small else (STACK_KEYS, STACK_SEQUENCES)
     stack = make_stack(run.config, layout, layers, True, run.args.implementation, run.args.attention)
-    caches, h = make_caches(stack, sequences, keys), make_input(stack, sequences)
-    weights_held, caches_held = held(stack.weights), held(caches)
+    state = make_state(stack, sequences, keys)
+    weights_held, caches_held = held(stack.weights), held(state.entries)
     step = compiled_step(stack)
     start = time.perf_counter()
-    h, caches = step(stack.weights, h, caches)
-    jax.block_until_ready(h)
+    state = step(stack.weights, state)
+    jax.block_until_ready(state.h)
     first = time.perf_counter() - start
     for _ in range(2):
-        h, caches = step(stack.weights, h, caches)
-    jax.block_until_ready(h)
+        state = step(stack.weights, state)
+    jax.block_until_ready(state.h)
     start = time.perf_counter()
     for _ in range(tokens):
-        h, caches = step(stack.weights, h, caches)
-    jax.block_until_ready(h)
+        state = step(stack.weights, state)
+    jax.block_until_ready(state.h)
     seconds = time.perf_counter() - start
-    if not np.isfinite(np.asarray(h.astype(jnp.float32))).all():
+    if not np.isfinite(np.asarray(state.h.astype(jnp.float32))).all():
         raise RuntimeError("the output is not finite; its time counts for nothing.")
     stats = [device.memory_stats() or {} for device in jax.devices()[: layout.devices]]
     return {
