@@ -15,6 +15,7 @@ from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
 from pallas_kernels import mla_decode_triton as triton
 from pallas_kernels.mla_decode_combine import combine_splits
+from pallas_kernels.mla_decode_combine_mosaic_gpu import combine_splits_mosaic_gpu
 from pallas_kernels.split_plan import PROCESSORS, STEP, choose_split_size
 
 _ROW_BLOCK = 64  # rows T * H that a program of the kernels takes at most
@@ -185,6 +186,8 @@ def _run(
     rows = tokens * heads
     if out.shape[0] == 1:
         out, lse = out[0], lse[0, :, :rows]
+    elif name == MOSAIC:
+        out, lse = combine_splits_mosaic_gpu(out, lse, visible, length, rows=rows, split_size=split_size)
     else:
         out, lse = combine_splits(
             out,
