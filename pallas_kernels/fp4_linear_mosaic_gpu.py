@@ -38,6 +38,7 @@ _ENOUGH_CTAS = 100
 _CTA_CYCLES = 9000  # to fill the ring, and to store
 _EXCHANGE_CYCLES_PER_BYTE = 0.15  # of a cluster's partial results
 _L2_BYTES_PER_CYCLE = 3200  # of x, for all SMs
+_FITTED_TOKENS = 96  # of a CTA, from which on the cost of fp4_linear_many.py is known
 _MANY_TOKENS = 256  # from which on fp4_linear_many.py is quicker; what that costs, fitted likewise
 _MANY_CTA_CYCLES = 8600
 _MANY_CYCLES_PER_PART, _MANY_CYCLES_PER_TOKEN = 1000, 60  # of partial results
@@ -133,7 +134,12 @@ def default_config(problem: Problem) -> AnyConfig:
     """
     if problem.batch <= INVARIANT_TOKENS:
         return _few(problem)
-    return _some(problem) if problem.batch <= _MANY_TOKENS else _many(problem)
+    if problem.batch > _MANY_TOKENS:
+        return _many(problem)
+    some, many_ = _some(problem), _many(problem)
+    # The models' errors are about as large as the margin.
+    quicker = many_.tokens >= _FITTED_TOKENS and _many_cycles(problem, many_) < 0.9 * _cycles(problem, some)
+    return many_ if quicker else some
 
 
 def _few(problem: Problem) -> Config:
@@ -189,9 +195,12 @@ def _cycles(problem: Problem, config: Config) -> float:
 def _many(problem: Problem) -> many.Config:
     pairs = problem.contraction // (2 * BLOCK)
     fewest = -(-problem.batch // _MANY_TOKENS)
+    most = fewest + 2
+    if problem.batch <= _MANY_TOKENS:
+        most = max(fewest, problem.batch // _FITTED_TOKENS)
     choices = [
         many.Config(split, _round_up(-(-problem.batch // tiles), 8))
-        for tiles in range(fewest, fewest + 3)
+        for tiles in range(fewest, most + 1)
         for split in range(1, min(8, pairs) + 1)
     ]
     return min(choices, key=lambda config: _many_cycles(problem, config))
