@@ -5,8 +5,10 @@
 Heads over all devices (TP) and contexts over all (CP) at the same sequences and keys as one device; sequences over
 all (DP) at as many sequences a device. A "layer" is one of a stack of a few that feed each other, each with weights
 and cache of its own, donated and fed back, so that no two steps find their operands in the L2 cache; its time is the
-wall time of the loop. Nothing is timed whose output is not that of one device, and that of XLA in float32. Rows are
-written as they come, the most important first; nothing new is begun after --seconds. --small is for CPU devices.
+wall time of a loop of calls, each of which decodes several tokens (--tokens), since what a call costs the host grows
+with the devices and the arrays. Nothing is timed whose output is not that of one device, and that of XLA in float32.
+Rows are written as they come, the most important first; nothing new is begun after --seconds. --small is for CPU
+devices.
 """
 
 from __future__ import annotations
@@ -30,9 +32,8 @@ from bench.stack import (
     ROOM,
     compiled_step,
     find_sharding,
-    make_caches,
-    make_input,
     make_stack,
+    make_state,
     one_layer,
     time_steps,
 )
@@ -52,6 +53,7 @@ SMALL = MLAConfig(
 # then passes on what it gets, so that the bound is twice that, times the root of the layers.
 FLOAT32_BOUND = 0.015
 LAYER_BOUND = 2.0**-6
+TOKENS = 8  # of a call
 CACHE_BYTES = 20e9  # of all caches on one device
 STACK_LAYERS, STACK_TOKENS, STACK_KEYS, STACK_SEQUENCES = 61, 64, 4096, 16
 
@@ -105,8 +107,9 @@ def gate_single(run: Run, packed: bool) -> dict:
     """One device, with the kernels that will be timed, against XLA in float32."""
     keys = 64 if run.args.small else 1024
     stack = make_stack(run.config, Layout(), 1, packed, run.args.implementation, run.args.attention)
-    (cache,) = make_caches(stack, 4, keys)
-    h = make_input(stack, 4)
+    state = make_state(stack, 4, keys)
+    h, (entries,) = state.h, state.entries
+    cache = LatentCache(entries, state.length, run.config.kv_lora_rank)
     wide = jax.jit(
         lambda w, h, c: mla_decode(
             w, h, c, run.config, dtype=jnp.float32, implementation="xla", attention_implementation="xla"
@@ -126,7 +129,7 @@ def gate_single(run: Run, packed: bool) -> dict:
     plain = one_layer(run.config, packed)
     single = jax.devices()[0]
     whole = LatentCache(
-        jax.device_put(cache.entries, single).astype(jnp.float32), jnp.full((4,), keys, jnp.int32), cache.kv_lora_rank
+        jax.device_put(entries, single).astype(jnp.float32), jnp.full((4,), keys, jnp.int32), cache.kv_lora_rank
     )
     reference = np.asarray(wide(plain, jax.device_put(h, single).astype(jnp.float32), whole))
     error = relative(np.asarray(here(stack.weights[0], h, cache).astype(jnp.float32)), reference)
@@ -166,9 +169,10 @@ def timed(run: Run, layout: Layout, sequences: int, keys: int, reference: np.nda
     """Microseconds of a layer, gate first; and what goes with it."""
     layers = layers_for(run, sequences if layout.batch == 1 else sequences // layout.batch, keys)
     stack = make_stack(run.config, layout, layers, run.args.packed, run.args.implementation, run.args.attention)
-    step, found = compiled_step(stack), {}
-    h, caches = step(stack.weights, make_input(stack, sequences), make_caches(stack, sequences, keys))
-    got = np.asarray(h.astype(jnp.float32))
+    tokens = run.args.tokens
+    step, found = compiled_step(stack, tokens), {}
+    state = step(stack.weights, make_state(stack, sequences, keys))
+    got = np.asarray(state.h.astype(jnp.float32))
     if not np.isfinite(got).all():
         raise RuntimeError("the output is not finite; not timed.")
     if reference is None:
@@ -177,16 +181,17 @@ def timed(run: Run, layout: Layout, sequences: int, keys: int, reference: np.nda
         expected = np.tile(reference, (layout.batch, 1, 1))
         found["difference_from_one_device"] = error = relative(got, expected)
         found["bitwise_as_one_device"] = bool(np.array_equal(got, expected))
-        if not error <= LAYER_BOUND * np.sqrt(layers):
-            raise RuntimeError(f"it is {error:.2e} from one device, more than {LAYER_BOUND:.1e}; not timed.")
-    steps, repeats = (3, 3) if run.args.small else (20, 5)
-    seconds, spread = time_steps(step, stack, h, caches, steps=steps, repeats=repeats)
+        bound = LAYER_BOUND * np.sqrt(layers * tokens)
+        if not error <= bound:
+            raise RuntimeError(f"it is {error:.2e} from one device, more than {bound:.1e}; not timed.")
+    steps, repeats = (2, 3) if run.args.small else (max(1, 16 // tokens), 5)
+    seconds, spread = time_steps(step, stack, state, steps=steps, repeats=repeats)
     found |= {
-        "us": round(1e6 * seconds / layers, 2),
-        "spread_us": round(1e6 * spread / layers, 2),
+        "us": round(1e6 * seconds / layers / tokens, 2),
+        "spread_us": round(1e6 * spread / layers / tokens, 2),
         "layers_in_stack": layers,
     }
-    return 1e6 * seconds / layers, found
+    return 1e6 * seconds / layers / tokens, found
 
 
 def on_one(run: Run, sequences: int, keys: int) -> float:
@@ -249,9 +254,7 @@ def whole_stack(run: Run, layout: Layout) -> dict:
     few = [
         make_stack(run.config, at, 2, True, run.args.implementation, run.args.attention) for at in (Layout(), layout)
     ]
-    alone, spread = (
-        compiled_step(stack)(stack.weights, make_input(stack, 4), make_caches(stack, 4, 64))[0] for stack in few
-    )
+    alone, spread = (compiled_step(stack)(stack.weights, make_state(stack, 4, 64)).h for stack in few)
     error = relative(np.asarray(spread.astype(jnp.float32)), np.asarray(alone.astype(jnp.float32)))
     if not error <= LAYER_BOUND * np.sqrt(2):
         raise RuntimeError(
@@ -259,24 +262,24 @@ def whole_stack(run: Run, layout: Layout) -> dict:
         )
     del few, alone, spread
     layers, tokens = (3, 8) if run.args.small else (run.args.layers, STACK_TOKENS)
+    tokens -= tokens % run.args.tokens
     keys, sequences = (64, 4) if run.args.small else (STACK_KEYS, STACK_SEQUENCES)
     stack = make_stack(run.config, layout, layers, True, run.args.implementation, run.args.attention)
-    caches, h = make_caches(stack, sequences, keys), make_input(stack, sequences)
-    weights_held, caches_held = held(stack.weights), held(caches)
-    step = compiled_step(stack)
+    state = make_state(stack, sequences, keys)
+    weights_held, caches_held = held(stack.weights), held(state.entries)
+    step = compiled_step(stack, run.args.tokens)
     start = time.perf_counter()
-    h, caches = step(stack.weights, h, caches)
-    jax.block_until_ready(h)
+    state = step(stack.weights, state)
+    jax.block_until_ready(state.h)
     first = time.perf_counter() - start
-    for _ in range(2):
-        h, caches = step(stack.weights, h, caches)
-    jax.block_until_ready(h)
+    state = step(stack.weights, state)
+    jax.block_until_ready(state.h)
     start = time.perf_counter()
-    for _ in range(tokens):
-        h, caches = step(stack.weights, h, caches)
-    jax.block_until_ready(h)
+    for _ in range(tokens // run.args.tokens):
+        state = step(stack.weights, state)
+    jax.block_until_ready(state.h)
     seconds = time.perf_counter() - start
-    if not np.isfinite(np.asarray(h.astype(jnp.float32))).all():
+    if not np.isfinite(np.asarray(state.h.astype(jnp.float32))).all():
         raise RuntimeError("the output is not finite; its time counts for nothing.")
     stats = [device.memory_stats() or {} for device in jax.devices()[: layout.devices]]
     return {
@@ -315,6 +318,7 @@ def main() -> None:
         "--layers", type=int, default=STACK_LAYERS, help=f"of the whole stack (default {STACK_LAYERS})"
     )
     parser.add_argument("--rows", help="which, as TP:16x4096,CP:8x131072,stack: sequences x keys (default all)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"that a call decodes, 1 .. 8 (default {TOKENS})")
     parser.add_argument("--packed", action="store_true", help="MXFP4 linears too, not kv_b_proj alone")
     parser.add_argument("--implementation", help="of the FP4 products; see fp4_bmm")
     parser.add_argument("--attention", help="of the attention over the cache; see mla_decode")
@@ -325,6 +329,10 @@ def main() -> None:
     devices = args.devices or len(jax.devices())
     if not 2 <= devices <= len(jax.devices()):
         raise SystemExit(f"bench.scaling: --devices must be 2 .. {len(jax.devices())}; got {devices}.")
+    if not 1 <= args.tokens <= 8:
+        raise SystemExit(
+            f"bench.scaling: --tokens must be 1 .. 8, for which the caches have room; got {args.tokens}."
+        )
     options = {key: value for key, value in vars(args).items() if key not in ("out", "plot", "commit")}
     result = {"environment": environment.describe(args.commit), "options": options, "devices": devices, "rows": []}
     deadline = time.monotonic() + args.seconds

@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
+from jaxtyping import Array, Float, Int
 
 from bench.roofline import Layout
 from mla_fp4_jax import LatentCache, MLAConfig, MLASharding, MLAWeights, mla_decode
@@ -69,18 +71,28 @@ def make_stack(
     return Stack(config, sharding, (first, *(copy(first) for _ in range(layers - 1))), implementation, attention)
 
 
-def make_caches(stack: Stack, sequences: int, keys: int) -> tuple[LatentCache, ...]:
-    """Caches of random entries that hold `keys` tokens each, alike on every layout.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step is given and gives back, donated: the hidden state, every layer's entries, and their one length."""
+
+    h: Float[Array, "B 1 E"]
+    entries: tuple[Float[Array, "B S LR"], ...]
+    length: Int[Array, "B"]
+
+
+def make_state(stack: Stack, sequences: int, keys: int) -> State:
+    """Random hidden states of one token a sequence, and caches that hold `keys` random tokens, alike on every layout.
 
     Along context the set of entries is the same, which is all that a softmax asks of their order; along batch every
     device has the same sequences, so that each must give what one device gives for them.
     """
     sharding, config = stack.sharding, stack.config
-    parts, own = sharding.size("context"), sequences // sharding.size("batch")
-    slots = keys // parts + -(-ROOM // parts)
+    batch, parts = sharding.size("batch"), sharding.size("context")
+    own, slots = sequences // batch, keys // parts + -(-ROOM // parts)
     shape, dim = (sequences, parts * slots, config.cache_dim), config.cache_dim
     entries_at = NamedSharding(sharding.mesh, sharding.entries_spec)
-    length_at = NamedSharding(sharding.mesh, sharding.tokens_spec)
+    tokens_at = NamedSharding(sharding.mesh, sharding.tokens_spec)
 
     @jax.jit
     def random(key):
@@ -93,34 +105,26 @@ def make_caches(stack: Stack, sequences: int, keys: int) -> tuple[LatentCache, .
         whole = random(jax.random.key(i % 2, impl="rbg"))  # on the first device: the same bits for every layout
         places = entries_at.addressable_devices_indices_map(shape)
         each = [jax.device_put(whole[:, index[1]], device) for device, index in places.items() if index is not None]
-        entries = jax.make_array_from_single_device_arrays(shape, entries_at, each)
-        length = jax.device_put(jnp.full((sequences,), keys, jnp.int32), length_at)
-        made.append(LatentCache(entries, length, config.kv_lora_rank))
-    return tuple(made)
+        made.append(jax.make_array_from_single_device_arrays(shape, entries_at, each))
+    h = np.random.default_rng(1).standard_normal((own, 1, config.hidden_size), np.float32)
+    return State(
+        jax.device_put(jnp.asarray(np.tile(h, (batch, 1, 1)), jnp.bfloat16), tokens_at),
+        tuple(made),
+        jax.device_put(jnp.full((sequences,), keys, jnp.int32), tokens_at),
+    )
 
 
-def make_input(stack: Stack, sequences: int) -> jax.Array:
-    """Hidden states of one token a sequence, the same on every device along batch."""
-    parts = stack.sharding.size("batch")
-    h = np.random.default_rng(1).standard_normal((sequences // parts, 1, stack.config.hidden_size), np.float32)
-    where = NamedSharding(stack.sharding.mesh, stack.sharding.tokens_spec)
-    return jax.device_put(jnp.asarray(np.tile(h, (parts, 1, 1)), jnp.bfloat16), where)
-
-
-def compiled_step(stack: Stack):
-    """(weights, h, caches) -> h, caches; the last two donated, as a server would."""
+def compiled_step(stack: Stack, tokens: int = 1):
+    """(weights, state) -> state, that many tokens later; the state is donated, as a server would."""
     config, sharding = stack.config, stack.sharding  # not the stack, whose weights JAX's caches would keep
     implementation, attention = stack.implementation, stack.attention
 
-    # h comes back as it lay, so that the second call is not compiled anew.
-    @functools.partial(
-        jax.jit, donate_argnums=(1, 2), out_shardings=(NamedSharding(sharding.mesh, sharding.tokens_spec), None)
-    )
-    def step(weights, h, caches):
-        after = []
-        for layer, cache in zip(weights, caches, strict=True):
+    def one(weights, state: State) -> State:
+        h, length, after = state.h, state.length, []
+        for layer, entries in zip(weights, state.entries, strict=True):
             wide = h.astype(jnp.float32)
             x = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(h.dtype)
+            cache = LatentCache(entries, state.length, config.kv_lora_rank)
             y, cache = mla_decode(
                 layer,
                 x,
@@ -130,22 +134,34 @@ def compiled_step(stack: Stack):
                 attention_implementation=attention,
                 sharding=sharding,
             )
-            h, after = h + y, [*after, cache]
-        return h, tuple(after)
+            assert isinstance(cache, LatentCache)
+            h, length, after = h + y, cache.length, [*after, cache.entries]
+        return State(h, tuple(after), length)
 
-    return step
+    # The state comes back as it lay, so that the second call is not compiled anew.
+    tokens_at: Any = NamedSharding(sharding.mesh, sharding.tokens_spec)
+    entries_at: Any = NamedSharding(sharding.mesh, sharding.entries_spec)
+    where = State(tokens_at, (entries_at,) * len(stack.weights), tokens_at)
+
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=where)
+    def steps(weights, state: State) -> State:
+        if tokens == 1:
+            return one(weights, state)
+        return jax.lax.fori_loop(0, tokens, lambda _, state: one(weights, state), state)
+
+    return steps
 
 
-def time_steps(step, stack: Stack, h, caches, *, steps: int, repeats: int) -> tuple[float, float]:
-    """Median and spread (largest less smallest) of the seconds a step takes; h and caches are consumed."""
+def time_steps(step, stack: Stack, state: State, *, steps: int, repeats: int) -> tuple[float, float]:
+    """Median and spread (largest less smallest) of the seconds a call takes; the state is consumed."""
     for _ in range(2):
-        h, caches = step(stack.weights, h, caches)
-    jax.block_until_ready(h)
+        state = step(stack.weights, state)
+    jax.block_until_ready(state.h)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(steps):
-            h, caches = step(stack.weights, h, caches)
-        jax.block_until_ready(h)
+            state = step(stack.weights, state)
+        jax.block_until_ready(state.h)
         seconds.append((time.perf_counter() - start) / steps)
     return statistics.median(seconds), max(seconds) - min(seconds)

@@ -150,6 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     path = args.table / table_name(jax.devices()[0].device_kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
     table = json.loads(path.read_text()) if path.exists() else {}
     table["environment"] = environment.describe(args.commit)
     rows = table.setdefault(NAME, [])

@@ -29,6 +29,7 @@ LOG2_E = math.log2(math.e)
 # Below every score and finite: a row without keys gives exp2(-inf - LOWEST) = 0, never NaN.
 LOWEST = float(np.finfo(np.float32).min)
 _INT32_ELEMENTS = 2**31
+_ROOMY = (9, 10)  # major capabilities with 227 KiB of shared memory a program
 _DTYPES = ("bfloat16", "float16", "float32")
 _CACHE_DTYPES = (*_DTYPES, "float8_e4m3fn")
 
@@ -97,7 +98,7 @@ def mla_decode_triton(
     page_size = None if page_table is None else entries.shape[1]
     capacity = entries.shape[1] if page_table is None else page_table.shape[1] * entries.shape[1]
     splits = max(1, -(-capacity // split_size))
-    config = config or default_config(rows, q.dtype)
+    config = config or default_config(rows, q.dtype, entries.dtype, page_size, capability)
     flat = entries.reshape(-1, width)  # one axis of keys, whatever holds them
     if flat.dtype == jnp.float8_e4m3fn:  # which Triton does not have on every GPU, nor Pallas's masked loads
         flat = jax.lax.bitcast_convert_type(flat, jnp.uint8)
@@ -248,15 +249,27 @@ def _places(b, start, key, wanted, table_refs, page_size, total, capacity, confi
     return jnp.where(present, page * np.int32(page_size) + jax.lax.rem(key, np.int32(page_size)), 0), present
 
 
-def default_config(rows: int, dtype) -> Config:
-    """Tiles for the rows that share a cache entry, in q's dtype."""
+def default_config(
+    rows: int, dtype, cache_dtype, page_size: int | None, capability: tuple[int, int] | None
+) -> Config:
+    """Tiles for the rows that share a cache entry, in q's dtype, as bench.decode_variants found them on an H100."""
     if jnp.dtype(dtype) == jnp.float32:
         return Config(16, 16, 8, 1)
     if rows <= 16:
         return Config(16, 32, 4, 2)
     if rows <= 32:
         return Config(32, 32, 4, 2)
-    return Config(64, 32, 8, 2)
+    if capability is None or capability[0] not in _ROOMY or jnp.dtype(cache_dtype).itemsize > 2:
+        return Config(64, 32, 8, 2)
+    if jnp.dtype(cache_dtype).itemsize == 1:
+        return Config(64, 64, 8, 1)  # entries are decoded in registers
+    # 64 keys are the rows of a warpgroup's product; with the places of more than one page's keys it would spill.
+    return Config(64, 64, 8, 2) if page_size is None or page_size >= 64 else Config(64, 32, 8, 3)
+
+
+def programs_per_processor(rows: int) -> int:
+    """Of one SM, at once, with default_config: those of few rows are small, and two hide each other's waits."""
+    return 2 if rows <= 32 else 1
 
 
 def unsupported(q, entries, page_table, *, kv_lora_rank: int) -> str | None:

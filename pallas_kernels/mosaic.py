@@ -6,7 +6,7 @@ Import it only where backend.mosaic_why_not allows: before jax 0.11 some of thes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -99,12 +99,13 @@ def inline(arg_types: tuple = (), return_type: Any = None) -> Callable[[Callable
 def mosaic_kernel(
     program: Callable[[], str],
     *,
-    out_shape: jax.ShapeDtypeStruct,
+    out_shape: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
     grid: int,
     warpgroups: int,
     shared_memory_bytes: int,
     cluster: int = 1,
     optional: int = 0,
+    name: str | None = None,
     maps: dict[int, tuple[int, int]] | None = None,
 ):
     """A kernel whose whole body is one PTX block, launched through Mosaic GPU.
@@ -113,12 +114,13 @@ def mosaic_kernel(
         program: makes the block; $0, $1, ... are the operands' addresses, then the output's (64-bit), then that of
             shared memory (32-bit), then those of optional operands and of tensor maps (64-bit). It must mask by
             itself, and every thread must reach its end.
-        out_shape: of the result.
+        out_shape: of the result, or of several, whose addresses follow each other.
         grid: clusters; CTAs where they are alone.
         warpgroups: of a CTA.
         shared_memory_bytes: dynamic.
         cluster: CTAs of a cluster, neighbours in %ctaid.x.
         optional: how many of the last operands are such.
+        name: what a profile calls the kernel.
         maps: for TMA, by operand (a matrix): rows and columns of the box that one instruction copies, in 128-byte
             swizzle.
 
@@ -126,10 +128,12 @@ def mosaic_kernel(
         A function of the operands.
     """
 
+    outs = 1 if isinstance(out_shape, jax.ShapeDtypeStruct) else len(out_shape)
+
     def body(*refs):
-        always = len(refs) - 2 - optional
-        refs = (*refs[:always], *refs[-2:], *refs[always:-2])
-        shared = always + 1
+        always = len(refs) - 1 - outs - optional
+        refs = (*refs[:always], *refs[-1 - outs :], *refs[always : -1 - outs])
+        shared = always + outs
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def inline(ctx, *memrefs):
@@ -145,6 +149,8 @@ def mosaic_kernel(
 
         inline(*refs)
 
+    if name is not None:
+        body.__name__ = name  # a profile shows it
     threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     clusters = {"cluster": (cluster,), "cluster_names": ("rank",)} if cluster > 1 else {}
     return plgpu.kernel(

@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 from mla_fp4_jax import attention
 from mla_fp4_jax.cache import Cache, PagedLatentCache
 from mla_fp4_jax.ops import implementations
-from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, XLA
+from mla_fp4_jax.ops.implementations import INTERPRET, MOSAIC, TRITON, XLA
 from pallas_kernels import mla_decode_triton as triton
 from pallas_kernels.mla_decode_combine import combine_splits
-from pallas_kernels.split_plan import STEP, choose_split_size
+from pallas_kernels.mla_decode_combine_mosaic_gpu import combine_splits_mosaic_gpu
+from pallas_kernels.split_plan import PROCESSORS, STEP, choose_split_size
 
 _ROW_BLOCK = 64  # rows T * H that a program of the kernels takes at most
 
@@ -97,8 +98,10 @@ def mla_decode(
     name, why = _choose(q, cache, implementation)
     implementations.log_choice("mla_decode", name, why)
     if split_size is None:
-        blocks = -(-q.shape[1] * q.shape[2] // _ROW_BLOCK)
-        split_size = choose_split_size(q.shape[0] * blocks, cache.capacity)
+        rows = q.shape[1] * q.shape[2]
+        at_once = PROCESSORS * (triton.programs_per_processor(rows) if name == TRITON else 1)
+        blocks = -(-rows // _ROW_BLOCK)
+        split_size = choose_split_size(q.shape[0] * blocks, cache.capacity, processors=at_once)
     run = functools.partial(_run, scale=float(scale), split_size=split_size)
     gpu = implementations.target_gpu()
     capability = None if gpu is None or gpu.platform != "cuda" else gpu.capability or (8, 0)
@@ -183,6 +186,8 @@ def _run(
     rows = tokens * heads
     if out.shape[0] == 1:
         out, lse = out[0], lse[0, :, :rows]
+    elif name == MOSAIC:
+        out, lse = combine_splits_mosaic_gpu(out, lse, visible, length, rows=rows, split_size=split_size)
     else:
         out, lse = combine_splits(
             out,
