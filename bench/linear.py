@@ -36,6 +36,7 @@ PREFILL = (1024, 2048, 4096, 8192, 16384)
 H, P, V, L = 128, 128, 128, 512
 COLD_BYTES = 230e6  # of weights to rotate through: more than four times the L2 cache
 TOUCH_LOADS = 17
+PARTS = ("linears", "prefill", "loop")
 LAYERS = 4  # of a call's loop: 362 MB
 
 
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing new after so long")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of the table")
     args = parser.parse_args()
     start = time.monotonic()
     ceilings: dict[str, dict[str, float]] = {}
@@ -174,6 +176,7 @@ def main() -> None:
         plan += [("dequantise", shape, TOKENS[-1])]
     plan += [(name, "prefill", tokens) for tokens in PREFILL for name in ("mosaic_gpu", "xla bf16")]
     plan += [(name, "loop", tokens) for tokens in (1, 16, 64, 256) for name in contenders]
+    plan = [row for row in plan if (row[1] if row[1] in ("prefill", "loop") else "linears") in args.only]
     setting: tuple[str, Setting] | None = None
     pool, compiled = ThreadPoolExecutor(8), {}
     for name, shape, tokens in tqdm(plan, desc="linear"):

@@ -234,8 +234,8 @@ def measured(setting: Setting, name: str, op: str | None, batch: int, run: Calla
         return {"error": str(error)[:300]}
 
 
-def plan(parts: tuple[str, ...] = (V3, OTHERS)) -> list[Row]:
-    """Rows of some parts of the table, most important first."""
+def plan(parts: tuple[str, ...] = (V3, OTHERS), shapes: tuple[str, ...] = ()) -> list[Row]:
+    """Rows of some parts of the table, of some of the shapes if any are named, most important first."""
     rows: list[Row] = []
     rows += [(DEEPSEEK_V3, name, op, batch) for batch in BATCHES for op in OPS for name in (MOSAIC, DENSE)]
     rows += [(DEEPSEEK_V3, name, None, batch) for batch in BATCHES for name in (MOSAIC, DENSE)]
@@ -246,7 +246,7 @@ def plan(parts: tuple[str, ...] = (V3, OTHERS)) -> list[Row]:
         rows.clear()
     for batches, shape in itertools.product(OTHER_BATCHES, OTHER_SHAPES) if OTHERS in parts else ():
         rows += [(shape, name, op, batch) for batch in batches for op in OPS for name in (MOSAIC, DENSE)]
-    return rows
+    return [row for row in rows if not shapes or str(row[0]) in shapes]
 
 
 def batches_of_rows(rows: list[Row]) -> Iterator[list[Row]]:
@@ -282,13 +282,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=900, help="start nothing new after so long")
     parser.add_argument("--no-peers", action="store_true", help="leave the peers in torch out")
     parser.add_argument("--only", choices=(V3, OTHERS), help="one part of the table")
+    names = [str(shape) for shape in (DEEPSEEK_V3, *OTHER_SHAPES)]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=[], help="of that part; all if left out")
     args = parser.parse_args()
     start = time.monotonic()
     parts = (V3, OTHERS) if args.only is None else (args.only,)
     rows = [] if args.no_peers or V3 not in parts else peers(args.seconds / 2)
     setting = Setting(DEEPSEEK_V3)
     ceiling, described = ceilings(setting), environment.describe(args.commit)
-    todo = plan(parts)
+    todo = plan(parts, tuple(args.shapes))
     progress = tqdm(total=len(todo), desc="matmul", mininterval=5)
     for some in batches_of_rows(todo):
         runs: list[Callable | Exception] = [RuntimeError("out of time")] * len(some)

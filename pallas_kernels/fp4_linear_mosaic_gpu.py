@@ -21,8 +21,8 @@ from pallas_kernels.fragments import BLOCK
 
 AnyConfig = Config | many.Config
 # With more tokens than these a weight is decoded once, to memory, and a library does the product. Up to here that is
-# slower on an H100: decoding DeepSeek-V3's linears to memory takes 13, 34 and 100 us, which their bytes need, beside
-# products of 29, 53 and 148 (bench/linear.py). Above, nobody has measured.
+# slower on an H100: with 512 tokens DeepSeek-V3's linears take 41, 87 and 269 us that way, of which the library's
+# product is 29, 52 and 155, and 30, 56 and 153 as they are (bench/linear.py). Above, nobody has measured.
 MOST_TOKENS = 512
 # Up to so many, a token's bits do not depend on their number: the contraction is split by the weight's shape alone.
 INVARIANT_TOKENS = 64
