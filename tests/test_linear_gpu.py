@@ -26,7 +26,7 @@ TOKENS = (0, 1, 2, 3, 7, 16, 17, 64, 65, 129, 512)
 SIZES = ((64, 128), (192, 384), (320, 1024), (512, 2048), (576, 7168))
 CASES = (
     *(Case(tokens, *sizes) for tokens, sizes in itertools.product(TOKENS, SIZES)),
-    *(Case(tokens, 2112, 7168) for tokens in (1, 31, 33, 129, 300)),
+    *(Case(tokens, 2112, 7168) for tokens in (1, 31, 33, 129, 200, 256, 300)),
     *(Case(tokens, 7168, 16384) for tokens in (2, 40, 200)),
     *(Case(tokens, 24576, 1536) for tokens in (3, 48)),
     *(Case(tokens, 512, 2048, "float32") for tokens in (1, 17, 65)),
