@@ -57,7 +57,7 @@ def fp4_bmm_mosaic_gpu(
         contract: "rows" or "columns".
         rows: (first, number): exactly the key rows for "rows", exactly the others for "columns".
         x_columns: (first, number) of x's columns to use.
-        config: None for best_config.
+        config: None for best_config, with rope for default_config.
         rope: x's columns after those, rotated, become the output's last; see fp4_bmm_rope.
 
     Returns:
@@ -75,7 +75,8 @@ def fp4_bmm_mosaic_gpu(
     width = problem.outputs + (0 if rope is None else rope.columns)
     if batch == 0:
         return jnp.zeros((0, heads, width), jnp.bfloat16)
-    config = best_config(problem) if config is None else config
+    if config is None:  # the tables are of products alone, and rotating as well asks for more CTAs
+        config = best_config(problem) if rope is None else default_config(problem)
     check_config(problem, config)
     more = list(cos_sin or ())
     if problem.group != GROUP:
