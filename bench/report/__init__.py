@@ -28,6 +28,7 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "step": step.section,
     "prefill": prefill.section,
     "scaling": scaling.section,
+    "scaling_packed": scaling.section,
 }
 # A picture's name -> the ending of its result's name, and what draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict, Path], None]]] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pallas_kernels
 from bench import matmul
 from bench.report.markdown import row, rule
+from pallas_kernels.fp4_bmm_mosaic_gpu import NAME
+from pallas_kernels.tuned import table_name
 
 
 def times(rows: list[dict], key: str, shape: str | None = None) -> dict[tuple[str, str, int], float]:
@@ -42,8 +46,24 @@ def section(result: dict) -> str:
     ]
     names = (matmul.MOSAIC, matmul.DENSE, "triton dot_scaled", "triton w8a8", "cublas bf16")
     lines += [row(batch, *(pair(call, name, batch) for name in names)) for batch in matmul.BATCHES]
-    lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)"]
+    lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)", *tuned_lines(result)]
     return "\n".join(lines)
+
+
+def tuned_lines(result: dict) -> list[str]:
+    """What the device's tuned table, if it is the later one, changed of DeepSeek-V3's products."""
+    path = Path(pallas_kernels.__file__).parent / "tuned_tables" / table_name(result["device"])
+    table = json.loads(path.read_text()) if path.exists() else {}
+    if not table or table["environment"]["date"] <= result["date"]:
+        return []
+    found = [
+        f"{'k_up' if problem['transposed'] else 'v_up'} at B = {problem['batch']} {row['kernel_us']:.2f} instead of "
+        f"{row['default_us']:.2f}"
+        for row in table[NAME]
+        if row["kernel_us"] < row["default_us"] and (problem := row["problem"])["heads"] == matmul.DEEPSEEK_V3.H
+    ]
+    commit = table["environment"]["commit"]
+    return ["", f"Since then `bench.tune` (commit `{commit}`) found quicker tiles, us: {', '.join(found)}."]
 
 
 def shapes_section(result: dict) -> str:

@@ -27,7 +27,8 @@ def section(result: dict) -> str:
         last = f"{over:.2f} x" if over is not None else "-"
         lines.append(row(f"`{KINDS[r['kind']]}`", r["sequences"], r["keys"], *cells, reduction, last))
     lines += stack(result)
-    return "\n".join([*lines, "", "![percent of ideal](bench/results/scaling.svg)"])
+    picture = [] if packed else ["", "![percent of ideal](bench/results/scaling.svg)"]
+    return "\n".join([*lines, *picture])
 
 
 def stack(result: dict) -> list[str]:
