@@ -96,7 +96,9 @@ def make_state(stack: Stack, sequences: int, keys: int) -> State:
 
     @jax.jit
     def random(key):
-        split = jax.random.normal(key, (own, keys, dim), jnp.bfloat16).reshape(own, parts, keys // parts, dim)
+        # One sequence at a time: the bits of all at once would take more memory than the caches.
+        each = jax.lax.map(lambda k: jax.random.normal(k, (keys, dim), jnp.bfloat16), jax.random.split(key, own))
+        split = each.reshape(own, parts, keys // parts, dim)
         padded = jnp.pad(split, ((0, 0), (0, 0), (0, slots - keys // parts), (0, 0)))
         return padded.reshape(own, parts * slots, dim)
 
