@@ -6,12 +6,14 @@ Compositions: "fp4" has every projection in MXFP4; "fp4 kv_b" only kv_b_proj, th
 bench.step_layer's plain layer, absorbed einsums on a contiguous cache; "torch" (bench/step_torch.py) is cuBLAS, bmm
 and FlashMLA in a CUDA graph. The first two are mla_decode on a cache of pages (64) in random order.
 
-A step runs through several layers of their own weights and caches, more than the L2 cache holds, so that every one
-is cold as in a whole model; lengths and the page table are arrays that all layers share, as in an engine. "loop" is
-the wall time a layer of a jitted step whose hidden state and caches are donated and fed back; "kernel" the sum of a
-layer's kernels as CUPTI has it, listed for the first layer and summed by stage over all. Every step writes its token
-to the same slot. Floors are bytes and operations over this GPU's own read bandwidth and matmul rate, as measured
-here, stage by stage. "memory" is what the compiled step holds a layer, and its scratch; of all layers with --memory.
+A step runs through 16 layers, or fewer where their caches are large, of their own weights and caches: more than the
+L2 cache holds, so that every one is cold as in a whole model, and enough for what a call costs the host to pass under
+their kernels, as it does in a whole model. Lengths and the page table are arrays that all layers share, as in an
+engine. "loop" is the wall time a layer of a jitted step whose hidden state and caches are donated and fed back;
+"kernel" the sum of a layer's kernels as CUPTI has it, listed up to the first layer's o_proj and summed by stage over
+all. Every step writes its token to the same slot. Floors are bytes and operations over this GPU's own read bandwidth
+and matmul rate, as measured here, stage by stage. "memory" is what the compiled step holds a layer, and its scratch;
+of all layers with --memory.
 
 Nothing is timed before its own output agrees with float32 layers on the dequantised weights: 1.5 % relative error.
 One shape at a time, the most telling first; rows are written as they come.
@@ -60,6 +62,8 @@ SHAPES = (  # heads, sequences, keys; the most telling first
     *((16, batch, 4096) for batch in (8, 64)),
     *((16, batch, keys) for keys in (1024, 16_384) for batch in (1, 32, 128, 8, 64)),
 )
+MOST_LAYERS = 16
+CACHE_BYTES = 10e9  # of all layers; where MOST_LAYERS take more, fewer do
 EVERY = 3  # shapes that all compositions are measured at; FP4 kv_b alone lies between the others
 Shape = tuple[int, int, int]
 
@@ -69,12 +73,19 @@ class Setting:
 
     def __init__(self, heads: int, *, small: bool):
         self.config = v3_config(heads, small=small)
-        self.layers = 2 if small else 4 if heads == 128 else 8  # 400 or 160 MB in FP4: L2 cannot keep them
-        packed = [order_for_device(fp4_layer(self.config, np.int32(i)), self.config) for i in range(self.layers)]
+        self.least = 2 if small else 4 if heads == 128 else 8  # 400 or 160 MB in FP4: L2 cannot keep them
+        most = 2 if small else MOST_LAYERS
+        packed = [order_for_device(fp4_layer(self.config, np.int32(i)), self.config) for i in range(most)]
         dense = [dense_layer(layer) for layer in packed]
         mixed = [dataclasses.replace(d, kv_b_proj=p.kv_b_proj) for d, p in zip(dense, packed, strict=True)]
         self.weights: dict[str, list[MLAWeights]] = {FP4: packed, FP4_KV_B: mixed, DENSE: dense}
-        self.exact: dict[int, Any] = {}  # by keys, compiled: exact_step
+        self.exact: dict[tuple[int, int], Any] = {}  # by layers and keys, compiled: exact_step
+
+    def layers(self, shape: Shape) -> int:
+        """That a step of this shape runs through."""
+        _, batch, keys = shape
+        fitting = int(CACHE_BYTES / (2 * batch * keys * self.config.cache_dim))
+        return max(self.least, min(len(self.weights[FP4]), fitting))
 
 
 @jax.tree_util.register_dataclass
@@ -149,8 +160,9 @@ def inputs(setting: Setting, name: str, shape: Shape):
     table, length = jnp.asarray(order.reshape(batch, -1), jnp.int32), jnp.full((batch,), keys - 1, jnp.int32)
     # Small, so that a hidden state is what the layers add to it, and its error theirs.
     x = random_normal((batch, 1, config.hidden_size), np.int32(batch)) * jnp.bfloat16(2.0**-14)
-    caches = [random_normal((number, PAGE, config.cache_dim), np.int32(i)) for i in range(setting.layers)]
-    return (x, caches), Given(setting.weights[name], table, length)
+    layers = setting.layers(shape)
+    caches = [random_normal((number, PAGE, config.cache_dim), np.int32(i)) for i in range(layers)]
+    return (x, caches), Given(setting.weights[name][:layers], table, length)
 
 
 class Programs:
@@ -175,23 +187,24 @@ class Programs:
             (x, caches), given = jax.eval_shape(lambda: inputs(setting, DENSE, shape))
             ends = jax.eval_shape(ends_of, x, caches, given.table)
             exact = functools.partial(exact_step, setting.config)
-            return compiled("exact", exact, setting.weights[DENSE], *ends, options=untuned)
+            return compiled("exact", exact, given.weights, *ends, options=untuned)
 
         with ThreadPoolExecutor(2) as pool:  # these have no library product, or no time to lose on it
-            exact = None if shape[2] in setting.exact else pool.submit(compiled_exact)
+            known = (setting.layers(shape), shape[2])
+            exact = None if known in setting.exact else pool.submit(compiled_exact)
             fp4 = pool.submit(compiled_step, FP4, untuned) if FP4 in names else None
             self.steps = {name: compiled_step(name) for name in names if name != FP4}
             if fp4 is not None:
                 self.steps[FP4] = fp4.result()
             if exact is not None:
-                setting.exact[shape[2]] = exact.result()
+                setting.exact[known] = exact.result()
 
 
 def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> dict[str, Any]:
     """A composition's times and memory, gate first."""
-    step, layers, start = programs.steps[name], setting.layers, time.monotonic()
+    step, layers, start = programs.steps[name], setting.layers(shape), time.monotonic()
     (x, caches), given = inputs(setting, name, shape)
-    want = setting.exact[shape[2]](setting.weights[DENSE], *ends_of(x, caches, given.table))
+    want = setting.exact[layers, shape[2]](setting.weights[DENSE][:layers], *ends_of(x, caches, given.table))
     state = step((x, caches), given)
     error = relative_error(state[0], want)
     if not error <= GATE:
@@ -208,7 +221,9 @@ def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> di
     row |= {"kernel_us": round(total(seen) / layers, 2), "launches": len(seen) / layers}
     text = step.as_text() or ""
     row["stages"] = by_stage(seen, text, layers)
-    row["kernels"] = [[*kernel, stage] for kernel, stage in zip(seen, stages_of_kernels(seen, text), strict=True)]
+    stages = stages_of_kernels(seen, text)
+    first = stages.index("o_proj") + 1 if "o_proj" in stages else len(stages)
+    row["kernels"] = [[*kernel, stage] for kernel, stage in zip(seen[:first], stages[:first], strict=True)]
     return row | {"measure_s": round(time.monotonic() - start, 1)}
 
 
