@@ -1,12 +1,12 @@
-"""The FP4 linear kernel for hundreds of tokens on Hopper: x by TMA, weights straight to registers.
+"""The FP4 linear kernel for many tokens on Hopper: x by TMA, weights straight to registers.
 
     out[m, n] = sum_k x[m, k] A[n, k]        A in fragment order (fragments.py), exact
 
 A CTA has 128 outputs (64 for each of two warpgroups) by up to 256 tokens, the widest wgmma. A third warpgroup's
 first thread loads x, block of 64 k by block, through a ring of slots with a barrier for full and one for empty. Codes
-and scales go from global memory to the registers of the thread that decodes them, two blocks ahead, and are decoded
-under the wgmma of the block before. `split` CTAs of a cluster share the contraction; their partial results meet in
-shared memory, in the ring's place, and are added in the order of the parts.
+and scales go from global memory to the registers of the thread that decodes them, a few pairs of blocks ahead, and
+are decoded under the wgmma of the block before. `split` CTAs of a cluster share the contraction; their partial
+results meet in shared memory, in the ring's place, and are added in the order of the parts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _ROWS = BLOCK * _CONSUMERS  # outputs of a CTA
 _ALL = 1  # named barrier of the warpgroups that multiply (Mosaic has 0)
 # Registers of a thread: 2 * 240 + 24 is what three warpgroups of 168 have together.
 _CONSUMER_REGISTERS, _LOADER_REGISTERS = 240, 24
+_PAIRS = 3  # of blocks whose codes and scales are in registers, or on their way there
 _AHEAD = 8  # blocks between a weight's way to the L2 cache and to the registers
 # wgmma's descriptor of x (PTX ISA, "Matrix descriptor"): 128-byte swizzle, 1024 bytes from 8 rows to the next.
 _DESCRIPTOR = (1 << 62) | ((ALIGNMENT >> 4) << 32) | (1 << 16)
@@ -265,72 +266,81 @@ class _Kernel:
         )
 
     def _multiply(self) -> None:
-        """The loop over pairs of blocks; the two sets of fragments take turns."""
+        """The loop over pairs of blocks, _PAIRS in a round: each has registers of its own for what it decodes.
+
+        A pair's registers are filled again, for the pair _PAIRS further on, as soon as they are decoded. ptxas puts
+        such loads off to the end of what it can reorder, and that ends where the next pair waits for x.
+        """
         ptx, c = self.ptx, self.c
-        zero, block = ptx.reg("zero"), ptx.reg("block")
+        zero, self.block = ptx.reg("zero"), ptx.reg("block")
         ptx(f"mov.u32 {zero}, 0;")
         self.constants = Constants(ptx, zero)
         self.factors = ptx.regs("factor", 2)
         self.fragments = [[ptx.regs("a", 4) for _ in range(4)] for _ in range(2)]  # [set][k step]
         self.acc = ptx.regs("acc", c.tokens // 2, "f32")
-        self.words = [ptx.regs("word", 4) for _ in range(2)]
-        self.scale_words = ptx.regs("scale", 2)
+        self.words = [[ptx.regs("word", 4) for _ in range(2)] for _ in range(_PAIRS)]
+        self.scale_words = [ptx.regs("scale", 2) for _ in range(_PAIRS)]
         self.slot, self.parity, self.free = ptx.reg("slot"), ptx.reg("parity"), ptx.reg("free")
         self.release, self.full = ptx.reg("release"), ptx.reg("full")
         self.descriptor, self.at = ptx.regs("descriptor", 2, "b64")
         self.releases, self.again = ptx.reg("releases", "pred"), ptx.reg("again", "pred")
-        far = ptx.reg("far", "pred")
-        again = ptx.label("pair")
+        again, done = ptx.label("round"), ptx.label("multiplied")
         ptx(*(f"mov.f32 {register}, 0f00000000;" for register in self.acc))
         ptx(
-            f"mov.u32 {block}, 0;",
+            f"mov.u32 {self.block}, 0;",
             f"mov.u32 {self.slot}, 0;",
             f"mov.u32 {self.parity}, 0;",
             f"mov.u32 {self.free}, {c.slots - 2};",  # of the block before the last
             f"add.u32 {self.release}, {self.barriers}, {8 * c.slots};",
         )
-        for b in range(2):
-            self._fetch(b, "")
-        self._fetch_scales("")
+        for pair in range(_PAIRS):
+            self._fetch(pair, pair)
+        ptx(f"{again}:")
+        for pair in range(_PAIRS):
+            self._pair(pair)
+            ptx(f"setp.ge.u32 {self.pred}, {self.block}, {self.blocks};", f"@{self.pred} bra {done};")
+        ptx(f"bra {again};", f"{done}:", "wgmma.wait_group.sync.aligned 0;", f"bar.sync {_ALL}, {_THREADS};")
+
+    def _fetch(self, pair: int, ahead: int) -> None:
+        """Codes and scales of the pair so many ahead, if there is one, to the registers of a round's pair."""
+        ptx, codes = self.ptx, self.words[pair]
         ptx(
-            f"{again}:",
-            f"mad.lo.u32 {self.full}, {self.slot}, 8, {self.barriers};",
+            f"add.u32 {self.tmp}, {self.block}, {2 * ahead};",
+            f"setp.lt.u32 {self.more}, {self.tmp}, {self.blocks};",
         )
+        for b in range(2):
+            offset = (2 * ahead + b) * BLOCK_BYTES
+            ptx(f"@{self.more} ld.global.nc.L1::no_allocate.v4.b32 {vector(codes[b])}, [{self.codes}+{offset}];")
+        offset = 2 * ahead * SCALE_WORD_BYTES
+        ptx(f"@{self.more} ld.global.nc.v2.b32 {vector(self.scale_words[pair])}, [{self.scales}+{offset}];")
+
+    def _pair(self, pair: int) -> None:
+        """Decode and multiply two blocks, then ask for those that take their registers."""
+        ptx = self.ptx
+        ptx(f"mad.lo.u32 {self.full}, {self.slot}, 8, {self.barriers};")
         # Both of the pair, here: with a branch between decode and products, ptxas would run these one by one.
         for b in range(2):
             self._await(self.full, 8 * b, self.parity)
+        far = 2 * _PAIRS + _AHEAD
         ptx(
-            f"add.u32 {self.tmp}, {block}, 2;",
+            f"add.u32 {self.tmp}, {self.block}, {far};",
             f"setp.lt.u32 {self.more}, {self.tmp}, {self.blocks};",
-            f"add.u32 {self.tmp}, {block}, {_AHEAD + 2};",
-            f"setp.lt.u32 {far}, {self.tmp}, {self.blocks};",
-            f"@{far} prefetch.global.L2 [{self.codes}+{_AHEAD * BLOCK_BYTES}];",
-            f"@{far} prefetch.global.L2 [{self.codes}+{(_AHEAD + 1) * BLOCK_BYTES}];",
+            f"@{self.more} prefetch.global.L2 [{self.codes}+{far * BLOCK_BYTES}];",
+            f"@{self.more} prefetch.global.L2 [{self.codes}+{(far + 1) * BLOCK_BYTES}];",
+            f"setp.eq.u32 {self.again}, {self.lane}, 0;",  # for its warp
+            f"setp.ne.and.u32 {self.releases}, {self.block}, 0, {self.again};",
+        )
+        bias_scales(ptx, self.constants, self.scale_words[pair])
+        for b in range(2):
+            self._block(pair, b)
+        self._fetch(pair, _PAIRS)
+        ptx(
             f"add.u64 {self.codes}, {self.codes}, {2 * BLOCK_BYTES};",
             f"add.u64 {self.scales}, {self.scales}, {2 * SCALE_WORD_BYTES};",
-            f"setp.eq.u32 {self.again}, {self.lane}, 0;",  # for its warp
-            f"setp.ne.and.u32 {self.releases}, {block}, 0, {self.again};",
-        )
-        bias_scales(ptx, self.constants, self.scale_words)
-        for b in range(2):
-            self._block(b)
-        ptx(
-            f"add.u32 {block}, {block}, 2;",
-            f"@{self.more} bra {again};",
-            "wgmma.wait_group.sync.aligned 0;",
-            f"bar.sync {_ALL}, {_THREADS};",
+            f"add.u32 {self.block}, {self.block}, 2;",
         )
 
-    def _fetch(self, b: int, guard: str) -> None:
-        """A pair's block b to registers."""
-        self.ptx(
-            f"{guard}ld.global.nc.L1::no_allocate.v4.b32 {vector(self.words[b])}, [{self.codes}+{b * BLOCK_BYTES}];"
-        )
-
-    def _fetch_scales(self, guard: str) -> None:
-        self.ptx(f"{guard}ld.global.nc.v2.b32 {vector(self.scale_words)}, [{self.scales}];")
-
-    def _block(self, b: int) -> None:
+    def _block(self, pair: int, b: int) -> None:
         """Decode block b of the pair under the products of the one before it, then multiply."""
         ptx, c = self.ptx, self.c
         fragments = self.fragments[b]
@@ -338,10 +348,7 @@ class _Kernel:
         ptx("wgmma.wait_group.sync.aligned 1;", f"mad.lo.u32 {self.tmp}, {self.free}, 8, {self.release};")
         ptx(f"@{self.releases} mbarrier.arrive.shared::cta.b64 _, [{self.tmp}];")
         self._next(self.free, None)
-        decode_block(ptx, self.constants, self.words[b], self.scale_words[b], self.factors, fragments)
-        self._fetch(b, f"@{self.more} ")
-        if b == 1:
-            self._fetch_scales(f"@{self.more} ")
+        decode_block(ptx, self.constants, self.words[pair][b], self.scale_words[pair][b], self.factors, fragments)
         ptx(
             f"mad.lo.u32 {self.tmp}, {self.slot}, {slot_bytes(c)}, {self.shared};",
             f"shr.u32 {self.tmp}, {self.tmp}, 4;",

@@ -22,7 +22,7 @@ from pallas_kernels.fragments import BLOCK
 AnyConfig = Config | many.Config
 # With more tokens than these a weight is decoded once, to memory, and a library does the product. Up to here that is
 # slower on an H100: with 512 tokens DeepSeek-V3's linears take 41, 87 and 269 us that way, of which the library's
-# product is 29, 52 and 155, and 30, 56 and 153 as they are (bench/linear.py). Above, nobody has measured.
+# product is 29, 52 and 155, and 30, 57 and 153 as they are (bench/linear.py). Above, nobody has measured.
 MOST_TOKENS = 512
 # Up to so many, a token's bits do not depend on their number: the contraction is split by the weight's shape alone.
 INVARIANT_TOKENS = 64
@@ -34,14 +34,17 @@ _ENOUGH_WARPGROUPS = 220  # that stream weights, on the whole GPU: not quite two
 _LONG_PART = 32  # blocks of a part from which on a CTA's warpgroups had better share x
 _DIRECT_PART = 16  # blocks of a part that a thread's registers hold
 _ENOUGH_CTAS = 100
-# What more tokens cost, in cycles, as fitted to the sweep in bench/results (within 15 % for most of it).
+# What more tokens cost, in cycles, as fitted to the sweeps in bench/results (within 15 % for most of them).
 _CTA_CYCLES = 9000  # to fill the ring, and to store
 _EXCHANGE_CYCLES_PER_BYTE = 0.15  # of a cluster's partial results
 _L2_BYTES_PER_CYCLE = 3200  # of x, for all SMs
-_FITTED_TOKENS = 96  # of a CTA, from which on the cost of fp4_linear_many.py is known
+_WHOLE, _IN_PARTS = 0.9, 1.2  # what that is multiplied by, without and with clusters, to compare with the others
+_FITTED_TOKENS = 40  # of a CTA, from which on the cost of fp4_linear_many.py is known
+_FEW_OF_MANY = 48  # above, it is quicker where it fills the GPU
 _MANY_TOKENS = 256  # from which on fp4_linear_many.py is quicker; what that costs, fitted likewise
-_MANY_CTA_CYCLES = 8600
+_MANY_CTA_CYCLES = 6500
 _MANY_CYCLES_PER_PART, _MANY_CYCLES_PER_TOKEN = 1000, 60  # of partial results
+_MANY_SLOTS = 16  # more gain nothing
 _GPCS, _GPC_SMS = 8, 16  # of an H100, at least: a cluster's CTAs run in one
 
 
@@ -130,23 +133,26 @@ def default_config(problem: Problem) -> AnyConfig:
     """Tiles for a problem, from measurements on an H100 (bench/results).
 
     But for `split`, no choice changes a bit of the result. Few tokens: as many warpgroups in a CTA, since they share
-    x, as leave a CTA for most SMs. More: what a model of the cost says.
+    x, as leave a CTA for most SMs; above 48, fp4_linear_many.py where it fills the GPU. More: what a model of the
+    cost says.
     """
     if problem.batch <= INVARIANT_TOKENS:
         return _few(problem)
     if problem.batch > _MANY_TOKENS:
         return _many(problem)
     some, many_ = _some(problem), _many(problem)
-    # The models' errors are about as large as the margin.
-    quicker = many_.tokens >= _FITTED_TOKENS and _many_cycles(problem, many_) < 0.9 * _cycles(problem, some)
+    quicker = many_.tokens >= _FITTED_TOKENS and _many_cycles(problem, many_) < _cycles(problem, some)
     return many_ if quicker else some
 
 
-def _few(problem: Problem) -> Config:
+def _few(problem: Problem) -> AnyConfig:
     tiles = problem.outputs // BLOCK
     split = default_split(problem.outputs, problem.contraction)
     part = problem.contraction // BLOCK // split
     tokens = _round_up(problem.batch, 8)
+    ctas = -(-tiles // 2) * split
+    if tokens > _FEW_OF_MANY and _ENOUGH_CTAS <= ctas <= _at_once(split) * split:
+        return _with_many_slots(many.Config(split, tokens))
     alone = 2 * _FEW_TOKENS if split == 1 else _FEW_TOKENS
     if tokens <= alone and tiles * split <= 3 * _SMS and part <= _LONG_PART:  # all resident at once
         warpgroups = 1
@@ -189,7 +195,8 @@ def _cycles(problem: Problem, config: Config) -> float:
     products = 2 * config.tokens * config.warpgroups * config.tiles * blocks * gaps
     ctas_cycles = -(-ctas // _SMS) * (products + _CTA_CYCLES + _EXCHANGE_CYCLES_PER_BYTE * exchange)
     x_cycles = 2 * config.tokens * blocks * BLOCK * ctas / _L2_BYTES_PER_CYCLE
-    return max(ctas_cycles, x_cycles) + 0.2 * min(ctas_cycles, x_cycles)
+    both = max(ctas_cycles, x_cycles) + 0.2 * min(ctas_cycles, x_cycles)
+    return both * (_WHOLE if config.split == 1 else _IN_PARTS)
 
 
 def _many(problem: Problem) -> many.Config:
@@ -199,7 +206,7 @@ def _many(problem: Problem) -> many.Config:
     if problem.batch <= _MANY_TOKENS:
         most = max(fewest, problem.batch // _FITTED_TOKENS)
     choices = [
-        many.Config(split, _round_up(-(-problem.batch // tiles), 8))
+        _with_many_slots(many.Config(split, _round_up(-(-problem.batch // tiles), 8)))
         for tiles in range(fewest, most + 1)
         for split in range(1, min(8, pairs) + 1)
     ]
@@ -209,13 +216,26 @@ def _many(problem: Problem) -> many.Config:
 def _many_cycles(problem: Problem, config: many.Config) -> float:
     """About how long: waves of clusters, each as long as its products and what comes before and after them."""
     split, tokens = config.split, config.tokens
-    at_once = _SMS if split == 1 else _GPC_SMS // split * _GPCS
-    waves = -(-many.clusters(problem, config) // at_once)
+    waves = -(-many.clusters(problem, config) // _at_once(split))
     blocks = 2 * -(-problem.contraction // (2 * BLOCK * split))
-    cycles = 4 * (tokens + 8) * blocks + _MANY_CTA_CYCLES
+    # Few tokens: what decodes, not the tensor cores.
+    cycles = max(2 * tokens + 280, 3.8 * tokens + 28) * blocks + _MANY_CTA_CYCLES
     if split > 1:
         cycles += _MANY_CYCLES_PER_PART * split + _MANY_CYCLES_PER_TOKEN * tokens * (split - 1) / split
     return waves * cycles
+
+
+def _at_once(split: int) -> int:
+    """Clusters of CTAs of which an SM takes one."""
+    return _SMS if split == 1 else _GPC_SMS // split * _GPCS
+
+
+def _with_many_slots(config: many.Config) -> many.Config:
+    """As many slots as the CTA's shared memory holds, an even number up to _MANY_SLOTS."""
+    slots = _MANY_SLOTS
+    while many.shared_memory_bytes(dataclasses.replace(config, slots=slots)) > SHARED_MEMORY_BYTES:
+        slots -= 2
+    return dataclasses.replace(config, slots=slots)
 
 
 def _with_fitting_slots(problem: Problem, config: Config) -> Config:

@@ -126,7 +126,7 @@ def test_the_kernels_need_a_hopper_gpu():
 
 PROBLEMS = [
     Problem(tokens, *sizes)
-    for tokens in (1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 256, 300, 511, 512)
+    for tokens in (1, 7, 8, 9, 16, 17, 32, 33, 49, 64, 65, 100, 128, 129, 256, 300, 511, 512)
     for sizes in ((64, 128), (192, 384), (576, 7168), (1536, 7168), (2112, 7168), (7168, 16384), (24576, 1536))
     + ((320, 128), (5120, 16384), (4096, 640), (12288, 1536), (7168, 128))
 ]
@@ -137,7 +137,10 @@ def test_default_tiles_fit(problem):
     config = default_config(problem)
     if isinstance(config, many.Config):
         many.check_config(problem, config)
-        assert many.token_tiles(problem, config) * config.tokens >= problem.batch > INVARIANT_TOKENS
+        assert many.token_tiles(problem, config) * config.tokens >= problem.batch
+        if problem.batch <= INVARIANT_TOKENS:  # the parts of the other kernel
+            assert config.split == default_split(problem.outputs, problem.contraction)
+            assert problem.contraction % (128 * config.split) == 0
         rows = many.clusters(problem, config) // many.token_tiles(problem, config) * 128
         assert rows >= problem.outputs
         return

@@ -26,9 +26,9 @@ TOKENS = (0, 1, 2, 3, 7, 16, 17, 64, 65, 129, 512)
 SIZES = ((64, 128), (192, 384), (320, 1024), (512, 2048), (576, 7168))
 CASES = (
     *(Case(tokens, *sizes) for tokens, sizes in itertools.product(TOKENS, SIZES)),
-    *(Case(tokens, 2112, 7168) for tokens in (1, 31, 33, 129, 200, 256, 300)),
-    *(Case(tokens, 7168, 16384) for tokens in (2, 40, 200)),
-    *(Case(tokens, 24576, 1536) for tokens in (3, 48)),
+    *(Case(tokens, 2112, 7168) for tokens in (1, 31, 33, 80, 129, 200, 256, 300)),
+    *(Case(tokens, 7168, 16384) for tokens in (2, 40, 64, 90, 200)),
+    *(Case(tokens, 24576, 1536) for tokens in (3, 48, 250)),
     *(Case(tokens, 512, 2048, "float32") for tokens in (1, 17, 65)),
     Case(MOST_TOKENS + 1, 192, 384),  # a library's matmul
 )
@@ -46,12 +46,14 @@ CONFIGS = (
     Case(20, 576, 7168, "float32", Config(8, 16, 3, 1, 14, 1, True, True)),
     Case(64, 192, 384, config=Config(2, 64, 1, 1, 3, 1, False, True)),
     Case(3, 192, 384, config=Config(1, 8, 3, 1, 6, 1, False, True)),
-    # Hundreds of tokens: parts of unequal length, a last tile of outputs that is half there.
+    # The kernel for many tokens: few and many slots, parts of unequal length, a last tile of outputs half there.
     Case(512, 512, 2048, config=Many(1, 256, 6)),
     Case(130, 576, 7168, config=Many(3, 136, 4)),
     Case(300, 192, 384, "float32", Many(2, 152, 6)),
     Case(70, 64, 128, config=Many(1, 72, 4)),
     Case(200, 320, 1024, config=Many(5, 104, 8)),
+    Case(13, 320, 1024, config=Many(8, 16, 4)),
+    Case(60, 512, 2048, config=Many(2, 64, 16)),
 )
 
 
