@@ -214,7 +214,7 @@ def measure(name: str, setting: Setting, shape: Shape, programs: Programs) -> di
     memory = {"weights": held(given.weights) // layers, "cache": held(caches) // layers}
     row["memory"] = memory | {"scratch": size.temp_size_in_bytes}
     if jax.default_backend() == "cpu":  # proves the bench, measures nothing
-        return row | {"loop_us": loop_us(step, state, given, 2, 1)[0] / layers}
+        return row | {"loop_us": loop_us(step, state, given, 2, 1, 0)[0] / layers}
     us, spread, state = loop_us(step, state, given)
     row |= {"loop_us": round(us / layers, 2), "spread_us": round(spread / layers, 2)}
     seen, state = kernels(step, state, given)

@@ -40,13 +40,16 @@ def kernels(run, state, given, calls: int = 6):
     return [(each[0][0][:60], round(statistics.median(us for _, us in each), 3)) for each in by_kernel], again.state
 
 
-def loop_us(run, state, given, calls: int = 20, rounds: int = 5):
-    """(median wall time of a call in a loop of so many, spread of the rounds, the state after); microseconds."""
+def loop_us(run, state, given, calls: int = 20, rounds: int = 5, seconds: float = 0.5):
+    """(median wall time of a call in a loop of so many, spread of the rounds, the state after); microseconds.
+
+    So many rounds, and more until so many seconds have passed: a host may be slow for a tenth of one.
+    """
     for _ in range(3):
         state = run(state, given)
     jax.block_until_ready(state)
     times = []
-    for _ in range(rounds):
+    while len(times) < rounds or sum(times) * calls < seconds * 1e6:
         start = time.perf_counter()
         for _ in range(calls):
             state = run(state, given)
