@@ -100,7 +100,7 @@ def copy_plainly(root: Path) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--directory", type=Path)

@@ -8,6 +8,7 @@ Each table is made of the newest file in bench/results whose name ends as in SEC
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ BEGIN, END = "<!-- benchmarks: written by python -m bench.report -->\n", "<!-- e
 SECTIONS: dict[str, Callable[[dict], str]] = {
     "fp4_bmm": matmul.section,
     "fp4_bmm_shapes": matmul.shapes_section,
+    "fp4_bmm_h200": functools.partial(matmul.section, picture=False),
+    "fp4_bmm_shapes_h200": matmul.shapes_section,
     "fp4_linear": linear.section,
     "mla_decode": decode.section,
     "step": step.section,

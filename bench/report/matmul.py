@@ -23,7 +23,7 @@ def pair(found: dict, name: str, batch: int) -> str:
     return " / ".join(cells) or "-"
 
 
-def section(result: dict) -> str:
+def section(result: dict, picture: bool = True) -> str:
     """DeepSeek-V3's products by batch."""
     shape = str(matmul.DEEPSEEK_V3)
     kernel, call = times(result["rows"], "kernel_us", shape), times(result["rows"], "call_us", shape)
@@ -46,8 +46,9 @@ def section(result: dict) -> str:
     ]
     names = (matmul.MOSAIC, matmul.DENSE, "triton dot_scaled", "triton w8a8", "cublas bf16")
     lines += [row(batch, *(pair(call, name, batch) for name in names)) for batch in matmul.BATCHES]
-    lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)", *tuned_lines(result)]
-    return "\n".join(lines)
+    if picture:
+        lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)"]
+    return "\n".join(lines + tuned_lines(result))
 
 
 def tuned_lines(result: dict) -> list[str]:
