@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pallas_kernels.fp4_bmm_tiles import SLAB_BYTES
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
+from pallas_kernels.fp4_linear_exchange import ALL
 from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, SCALE_WORD_BYTES, Config, Problem
-from pallas_kernels.fp4_linear_wgmma import ALL, DESCRIPTOR, Kernel
+from pallas_kernels.fp4_linear_wgmma import DESCRIPTOR, Kernel
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import vector
 
@@ -29,7 +30,7 @@ class _Direct(Kernel):
         self._destinations()
         self._ask()
         self._multiply()
-        self._exchange_and_store()
+        self.exchange_and_store()
         return self.ptx.text()
 
     def _ask(self) -> None:
@@ -62,7 +63,7 @@ class _Direct(Kernel):
                 ptx(f"{guard}cp.async.cg.shared.global [{self.x_to}+{to}], [{self.x}+{source}], 16, {size};")
         ptx("cp.async.commit_group;")
         if c.push:
-            self._expect_partial_results()
+            self.expect_partial_results()
 
     def _multiply(self) -> None:
         """Block after block, decoded under the products of the one before."""
