@@ -19,7 +19,11 @@ def times(rows: list[dict], key: str, shape: str | None = None) -> dict[tuple[st
 
 
 def pair(found: dict, name: str, batch: int) -> str:
-    cells = [f"{found[name, op, batch]:.2f}" for op in (*matmul.OPS, "both") if (name, op, batch) in found]
+    """k_up / v_up; of a peer with several forms ("name, form") the quicker one."""
+    cells = []
+    for op in (*matmul.OPS, "both"):
+        times = [us for (n, o, b), us in found.items() if n.split(",")[0] == name and (o, b) == (op, batch)]
+        cells += [f"{min(times):.2f}"] if times else []
     return " / ".join(cells) or "-"
 
 
