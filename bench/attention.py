@@ -51,11 +51,12 @@ SHAPES: tuple[Shape, ...] = (  # heads, sequences, keys: what matters most first
     *((128, batch, keys) for keys in (4096, 16384) for batch in (32, 64, 128)),
     *((16, batch, 4096) for batch in (32, 64, 128)),
     (128, 1, 65536),
+    *((64, batch, 4096) for batch in (32, 64, 128)),  # Kimi-K2
     *((16, batch, 16384) for batch in (32, 64, 128)),
     (16, 1, 65536),
     *((128, batch, keys) for keys in (4096, 16384) for batch in (1, 8)),
 )
-IMPORTANT = 10  # of SHAPES come first; then these with further dtypes of the cache, and these of XLA's
+IMPORTANT = 13  # of SHAPES come first; then these with further dtypes of the cache, and these of XLA's
 OTHER_CACHES = (*((16, batch, 4096) for batch in (32, 64, 128)), (128, 32, 4096), (128, 64, 4096))
 XLA_FIRST = ((128, 32, 4096), (16, 32, 4096))
 _ONE_LOWERS = threading.Lock()
