@@ -30,12 +30,14 @@ from bench.roofline import DEEPSEEK_V3, Layout, find_gpu, share
 from bench.scaling_rows import ROWS, SMALL_ROWS, parse_rows
 from bench.stack import (
     ROOM,
+    WARM_CALLS,
     compiled_step,
     find_sharding,
     make_stack,
     make_state,
     one_layer,
     time_steps,
+    warmed,
 )
 from mla_fp4_jax import LatentCache, MLAConfig, mla_decode
 
@@ -152,7 +154,7 @@ def all_reduce(run: Run, sequences: int) -> dict:
     y = step(jnp.ones((sequences, 1, run.config.hidden_size), jnp.bfloat16))
     if not bool(jnp.all(y == 1)):
         raise RuntimeError("the all-reduce of ones is not their mean; not timed.")
-    for _ in range(3):
+    for _ in range(WARM_CALLS):
         y = step(y)
     y.block_until_ready()
     seconds = []
@@ -185,7 +187,10 @@ def timed(run: Run, layout: Layout, sequences: int, keys: int, reference: np.nda
         if not error <= bound:
             raise RuntimeError(f"it is {error:.2e} from one device, more than {bound:.1e}; not timed.")
     steps, repeats = (2, 3) if run.args.small else (max(1, 16 // tokens), 5)
-    seconds, spread = time_steps(step, stack, state, steps=steps, repeats=repeats)
+    seconds, spread = time_steps(step, stack, state, tokens=tokens, steps=steps, repeats=repeats)
+    again = np.asarray(step(stack.weights, make_state(stack, sequences, keys)).h.astype(jnp.float32))
+    if not np.array_equal(again, got):
+        raise RuntimeError("after many calls, arrays elsewhere give another result; its time counts for nothing.")
     found |= {
         "us": round(1e6 * seconds / layers / tokens, 2),
         "spread_us": round(1e6 * spread / layers / tokens, 2),
@@ -272,7 +277,7 @@ def whole_stack(run: Run, layout: Layout) -> dict:
     state = step(stack.weights, state)
     jax.block_until_ready(state.h)
     first = time.perf_counter() - start
-    state = step(stack.weights, state)
+    state = warmed(step, stack, state, tokens=run.args.tokens)
     jax.block_until_ready(state.h)
     start = time.perf_counter()
     for _ in range(tokens // run.args.tokens):

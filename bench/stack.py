@@ -22,6 +22,9 @@ from mla_fp4_jax.spmd import place_weights
 from mla_fp4_jax.weights import random_weights
 
 ROOM = 128  # tokens that a cache takes beyond those it begins with
+# Not timed: with --xla_gpu_command_buffer_update_mode=SKIP_PROFILED XLA first watches some calls, to learn which
+# arrays stay where they are.
+WARM_CALLS = 60
 AXES = ("heads", "batch", "context")
 
 
@@ -154,10 +157,19 @@ def compiled_step(stack: Stack, tokens: int = 1):
     return steps
 
 
-def time_steps(step, stack: Stack, state: State, *, steps: int, repeats: int) -> tuple[float, float]:
-    """Median and spread (largest less smallest) of the seconds a call takes; the state is consumed."""
-    for _ in range(2):
+def warmed(step, stack: Stack, state: State, *, tokens: int) -> State:
+    """The state after calls, of so many tokens each, that end with as many keys as it has; it is consumed."""
+    calls = min(WARM_CALLS, (int(state.length.min()) - 1) // tokens)
+    fewer = jax.jit(lambda length: length - calls * tokens, out_shardings=state.length.sharding)(state.length)
+    state = dataclasses.replace(state, length=fewer)
+    for _ in range(calls):
         state = step(stack.weights, state)
+    return state
+
+
+def time_steps(step, stack: Stack, state: State, *, tokens: int, steps: int, repeats: int) -> tuple[float, float]:
+    """Median and spread (largest less smallest) of the seconds a call of `tokens` takes; the state is consumed."""
+    state = warmed(step, stack, state, tokens=tokens)
     jax.block_until_ready(state.h)
     seconds = []
     for _ in range(repeats):
