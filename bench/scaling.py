@@ -55,7 +55,7 @@ SMALL = MLAConfig(
 # then passes on what it gets, so that the bound is twice that, times the root of the layers.
 FLOAT32_BOUND = 0.015
 LAYER_BOUND = 2.0**-6
-TOKENS = 8  # of a call
+TOKENS = 4  # of a call
 CACHE_BYTES = 20e9  # of all caches on one device
 STACK_LAYERS, STACK_TOKENS, STACK_KEYS, STACK_SEQUENCES = 61, 64, 4096, 16
 
@@ -172,7 +172,7 @@ def timed(run: Run, layout: Layout, sequences: int, keys: int, reference: np.nda
     layers = layers_for(run, sequences if layout.batch == 1 else sequences // layout.batch, keys)
     stack = make_stack(run.config, layout, layers, run.args.packed, run.args.implementation, run.args.attention)
     tokens = run.args.tokens
-    step, found = compiled_step(stack, tokens), {}
+    step, found = compiled_step(stack, tokens, unroll=not run.args.small), {}
     state = step(stack.weights, make_state(stack, sequences, keys))
     got = np.asarray(state.h.astype(jnp.float32))
     if not np.isfinite(got).all():

@@ -119,8 +119,11 @@ def make_state(stack: Stack, sequences: int, keys: int) -> State:
     )
 
 
-def compiled_step(stack: Stack, tokens: int = 1):
-    """(weights, state) -> state, that many tokens later; the state is donated, as a server would."""
+def compiled_step(stack: Stack, tokens: int = 1, *, unroll: bool = False):
+    """(weights, state) -> state, that many tokens later; the state is donated, as a server would.
+
+    Not unrolled, the host asks the device before each token whether the loop goes on: some 30 us.
+    """
     config, sharding = stack.config, stack.sharding  # not the stack, whose weights JAX's caches would keep
     implementation, attention = stack.implementation, stack.attention
 
@@ -152,7 +155,7 @@ def compiled_step(stack: Stack, tokens: int = 1):
     def steps(weights, state: State) -> State:
         if tokens == 1:
             return one(weights, state)
-        return jax.lax.fori_loop(0, tokens, lambda _, state: one(weights, state), state)
+        return jax.lax.fori_loop(0, tokens, lambda _, state: one(weights, state), state, unroll=unroll)
 
     return steps
 

@@ -28,10 +28,12 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "fp4_bmm_shapes_h200": matmul.shapes_section,
     "fp4_linear": linear.section,
     "mla_decode": decode.section,
+    "mla_decode_heads": decode.section,
     "step": step.section,
     "prefill": prefill.section,
     "scaling": scaling.section,
     "scaling_packed": scaling.section,
+    "scaling_graph": scaling.section,
 }
 # A picture's name -> the ending of its result's name, and what draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict, Path], None]]] = {

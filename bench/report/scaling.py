@@ -16,6 +16,11 @@ def section(result: dict) -> str:
         "bfloat16 cache of S tokens: wall time of a layer in a donated loop, us. B: of all, with `batch` of each;",
         "with `heads` every GPU reads the whole cache, so that half the time is out of reach where the cache rules.",
         '"Floor" is the bytes of weights and cache at the datasheet\'s rate, plus the measured all-reduce.',
+        *(
+            ['The all-reduce is part of the CUDA graph (the options are in "Many devices").']
+            if in_graph(result)
+            else []
+        ),
         "",
         *rule("axis", "B", "S", "one GPU", f"{result['devices']} GPUs", "speedup", "of ideal", "all-reduce", "floor"),
     ]
@@ -29,6 +34,12 @@ def section(result: dict) -> str:
     lines += stack(result)
     picture = [] if packed else ["", "![percent of ideal](bench/results/scaling.svg)"]
     return "\n".join([*lines, *picture])
+
+
+def in_graph(result: dict) -> bool:
+    """Whether XLA was told to put collectives into the CUDA graph and to leave it alone between calls."""
+    flags = result["environment"].get("xla_flags", "")
+    return "+COLLECTIVES" in flags and "SKIP_PROFILED" in flags
 
 
 def stack(result: dict) -> list[str]:
