@@ -5,8 +5,11 @@
 A CTA has `tiles` blocks of 16 outputs and all tokens; each of its `split` warps has one part of the contraction. A
 warp streams its own codes, scales and x through its own ring in shared memory by cp.async, so that warps wait for
 each other only at the end, where their partial results are added in the order of the parts. The products are
-mma.sync m16n8k16, those of two blocks under the decode of the next. The loop is short on purpose: the same work
-unrolled (fp4_linear_direct.py), which runs each instruction once, was 0.6 us slower on an H100.
+mma.sync m16n8k16, those of a block under the decode of the next. It is a loop, not unrolled, and weights do not go
+straight to registers: fp4_linear_direct.py, which does both, took 0.6 us more than the ring of fp4_linear_wgmma.py
+where neither had a cluster (bench/results/2026-11-25_h100_fp4_linear_ablation.json).
+
+No default chooses this kernel: it has been run in an emulation only (tests/ptx_machine.py), on no GPU yet.
 
 An output is `split` chains of k16 steps over ascending k, each in one float32 accumulator, added in order: the bits
 that fp4_linear_wgmma.py gives with as many parts.

@@ -91,7 +91,9 @@ def test_it_stays_within_its_operands(tokens, sizes, rng):
     checks.check_confined(MOSAIC, Case(tokens, *sizes), rng)
 
 
-@pytest.mark.parametrize("case", [Case(1, 192, 1024, config=Few(8, 1, 1)), Case(3, 512, 2048, config=Few(4, 2, 2))])
+@pytest.mark.parametrize(
+    "case", [Case(1, 192, 1024, config=Few(8, 1, 1)), Case(3, 512, 2048, config=Few(4, 2, 2))], ids=str
+)
 def test_few_tokens_stay_within_their_operands(case, rng):
     checks.check_confined(MOSAIC, case, rng)
 
