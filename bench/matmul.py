@@ -82,9 +82,8 @@ OTHER_SHAPES = (
 OTHER_BATCHES = ((1, 16, 64, 512), (8, 32, 128, 256))  # the first of every shape before the second
 V3, OTHERS = "deepseek-v3", "other-shapes"  # parts of the table
 COMPILED_AT_ONCE = 32  # rows
-CHAIN_ROUNDS = (
-    3  # over the weights in one call, which costs the host some 0.4 ms: as long as one round with one token
-)
+# Over the weights in one call, which costs its host some 0.4 ms: as long as one round with one token takes.
+CHAIN_ROUNDS = 3
 _THREADS = 8  # that compile; XLA's own products, whose tuning runs on the GPU, have one
 
 

@@ -16,11 +16,7 @@ def section(result: dict) -> str:
         "bfloat16 cache of S tokens: wall time of a layer in a donated loop, us. B: of all, with `batch` of each;",
         "with `heads` every GPU reads the whole cache, so that half the time is out of reach where the cache rules.",
         '"Floor" is the bytes of weights and cache at the datasheet\'s rate, plus the measured all-reduce.',
-        *(
-            ['The all-reduce is part of the CUDA graph (the options are in "Many devices").']
-            if in_graph(result)
-            else []
-        ),
+        *in_graph(result),
         "",
         *rule("axis", "B", "S", "one GPU", f"{result['devices']} GPUs", "speedup", "of ideal", "all-reduce", "floor"),
     ]
@@ -36,10 +32,12 @@ def section(result: dict) -> str:
     return "\n".join([*lines, *picture])
 
 
-def in_graph(result: dict) -> bool:
-    """Whether XLA was told to put collectives into the CUDA graph and to leave it alone between calls."""
+def in_graph(result: dict) -> list[str]:
+    """What to say where XLA was told to put collectives into the CUDA graph and to leave it alone between calls."""
     flags = result["environment"].get("xla_flags", "")
-    return "+COLLECTIVES" in flags and "SKIP_PROFILED" in flags
+    if "+COLLECTIVES" in flags and "SKIP_PROFILED" in flags:
+        return ['The all-reduce is part of the CUDA graph (the options are in "Many devices").']
+    return []
 
 
 def stack(result: dict) -> list[str]:
