@@ -91,7 +91,9 @@ def test_the_demo_runs_as_two_processes(layout):
     assert "4 x cpu in 2 processes" in first[1]
     percent = float(re.search(r"this library +([\d.e-]+) %", first[1])[1])
     assert 0 < percent < 1.5  # README: bfloat16
-    assert re.sub(r"^\[Gloo\].*$", "", second[1], flags=re.M).strip() == ""
+    # Two threads of gloo may write at once: its words go piece by piece, and nothing else may be left.
+    gloo = r"\[Gloo\] Rank|is connected to|peer ranks\. Expected number of connected peer ranks is :|\d+"
+    assert re.sub(gloo, "", second[1]).strip() == ""
 
 
 def poisoned_checkpoints(folder: Path, rng: np.random.Generator) -> list[Path]:
