@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import fp4_linear_direct as direct
+from pallas_kernels import fp4_linear_few as few
 from pallas_kernels import fp4_linear_many as many
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels.fp4_bmm_tiles import SHARED_MEMORY_BYTES
@@ -19,7 +20,7 @@ from pallas_kernels.fp4_linear_tiles import Config, Problem, check_config
 from pallas_kernels.fp4_linear_wgmma import program
 from pallas_kernels.fragments import BLOCK
 
-AnyConfig = Config | many.Config
+AnyConfig = Config | few.Config | many.Config
 # With more tokens than these a weight is decoded once, to memory, and a library does the product. Up to here that is
 # slower on an H100: with 512 tokens DeepSeek-V3's linears take 41, 87 and 269 us that way, of which the library's
 # product is 29, 52 and 155, and 30, 57 and 153 as they are (bench/linear.py). Above, nobody has measured.
@@ -96,6 +97,16 @@ def fp4_linear_mosaic_gpu(
             cluster=config.split,
             optional=0 if second is None else 2,
             maps={0: many.box(config)},
+        )(x, codes, scales, *(second or ()))
+    if isinstance(config, few.Config):
+        few.check_config(problem, config)
+        return mosaic_kernel(
+            functools.partial(few.program, problem, config),
+            out_shape=out_shape,
+            grid=few.ctas(problem, config),
+            warpgroups=few.warpgroups(config),
+            shared_memory_bytes=few.shared_memory_bytes(problem, config),
+            optional=0 if second is None else 2,
         )(x, codes, scales, *(second or ()))
     check_config(problem, config)
     return mosaic_kernel(

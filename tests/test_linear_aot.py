@@ -12,7 +12,8 @@ import sm90
 from mla_fp4_jax import FP4Array, fp4_linear
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import MOSAIC
-from pallas_kernels.fp4_linear_mosaic_gpu import MOST_TOKENS, default_config
+from pallas_kernels import fp4_linear_few as few
+from pallas_kernels.fp4_linear_mosaic_gpu import MOST_TOKENS, default_config, fp4_linear_mosaic_gpu
 from pallas_kernels.fp4_linear_tiles import Problem
 from pallas_kernels.fragments import FragmentOrder
 
@@ -58,6 +59,17 @@ def test_every_default_configuration(problem):
     x = shape((problem.batch, problem.contraction), jnp.bfloat16)
     w = abstract((problem.outputs, problem.contraction), FragmentOrder(0))
     check(sm90.compile_for_h100(call, x, w))
+
+
+@pytest.mark.parametrize("first", [0, 1536])
+@pytest.mark.parametrize(("tokens", "tiles", "slots"), [(1, 1, 6), (7, 2, 6), (8, 1, 7), (16, 1, 5)])
+def test_the_kernel_for_few_tokens(tokens, tiles, slots, first):
+    call = functools.partial(fp4_linear_mosaic_gpu, config=few.Config(8, tiles, slots))
+    x = shape((tokens, 7168), jnp.bfloat16)
+    weights = [
+        (shape((rows, 3584), jnp.uint8), shape((rows, 224), jnp.uint8)) for rows in (first, 2112 - first) if rows
+    ]
+    check(sm90.compile_for_h100(call, x, *weights[0], *weights[1:]))
 
 
 @pytest.mark.parametrize(
