@@ -15,7 +15,8 @@ import dataclasses
 
 from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SHARED_MEMORY_BYTES, SLAB_BYTES
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
-from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Problem
+from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Problem, check_rules
+from pallas_kernels.fp4_linear_weights import weight_of
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import Ptx, vector
 
@@ -84,11 +85,7 @@ def check_config(problem: Problem, config: Config) -> None:
         "slots must be an even number from 4 on": c.slots >= 4 and c.slots % 2 == 0,
         "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
     }
-    for rule, holds in rules.items():
-        if not holds:
-            raise ValueError(
-                f"fp4_linear_mosaic_gpu: {rule}; got {config} for {problem}. Leave config out for a default."
-            )
+    check_rules(rules, problem, config)
 
 
 def program(problem: Problem, config: Config) -> str:
@@ -236,20 +233,12 @@ class _Kernel:
         ptx, p = self.ptx, self.p
         self.codes, self.scales = ptx.reg("codes", "b64"), ptx.reg("scales", "b64")
         tile, k_blocks = ptx.reg("tile"), p.contraction // BLOCK
-        codes, scales = "$1", "$2"
         ptx(
             # Past the last tile of 64 outputs there is work for nothing: the last one's again.
             f"mad.lo.u32 {tile}, {self.row_tile}, {_CONSUMERS}, {self.wg};",
             f"min.u32 {tile}, {tile}, {p.outputs // BLOCK - 1};",
         )
-        if p.first_outputs:
-            codes, scales = ptx.regs("weight", 2, "b64")
-            ptx(
-                f"setp.ge.u32 {self.pred}, {tile}, {p.first_outputs // BLOCK};",
-                f"selp.b64 {codes}, $5, $1, {self.pred};",
-                f"selp.b64 {scales}, $6, $2, {self.pred};",
-                f"@{self.pred} sub.u32 {tile}, {tile}, {p.first_outputs // BLOCK};",
-            )
+        codes, scales = weight_of(ptx, tile, p.first_outputs // BLOCK, self.pred)
         ptx(
             # codes [tile][block][thread][16 bytes]
             f"mad.lo.u32 {self.tmp}, {tile}, {k_blocks}, {self.first};",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from pallas_kernels import fp4_linear_direct as direct
 from pallas_kernels import fp4_linear_few as few
 from pallas_kernels import fp4_linear_many as many
 from pallas_kernels import fp4_linear_tiles as tiling
+from pallas_kernels import fp4_linear_wgmma as wgmma
 from pallas_kernels.fp4_bmm_tiles import SHARED_MEMORY_BYTES
-from pallas_kernels.fp4_linear_tiles import Config, Problem, check_config
-from pallas_kernels.fp4_linear_wgmma import program
+from pallas_kernels.fp4_linear_tiles import Config, Problem
 from pallas_kernels.fragments import BLOCK
 
 AnyConfig = Config | few.Config | many.Config
@@ -30,6 +31,7 @@ INVARIANT_TOKENS = 64
 _MIN_K = 2 * BLOCK
 _INT32_BYTES = 2**31
 _SMS = 132  # of an H100
+_ONE_WAVE_TOKENS = 4  # up to which each CTA had better read all of x than be in a cluster
 _FEW_TOKENS = 16
 _ENOUGH_WARPGROUPS = 220  # that stream weights, on the whole GPU: not quite two for each of its SMs
 _LONG_PART = 32  # blocks of a part from which on a CTA's warpgroups had better share x
@@ -85,39 +87,42 @@ def fp4_linear_mosaic_gpu(
     config = default_config(problem) if config is None else config
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
-    out_shape = jax.ShapeDtypeStruct((batch, outputs), out_dtype)
-    if isinstance(config, many.Config):
-        many.check_config(problem, config)
-        return mosaic_kernel(
-            functools.partial(many.program, problem, config),
-            out_shape=out_shape,
-            grid=many.clusters(problem, config),
-            warpgroups=many.WARPGROUPS,
-            shared_memory_bytes=many.shared_memory_bytes(config),
-            cluster=config.split,
-            optional=0 if second is None else 2,
-            maps={0: many.box(config)},
-        )(x, codes, scales, *(second or ()))
+    kernel = mosaic_kernel(
+        out_shape=jax.ShapeDtypeStruct((batch, outputs), out_dtype),
+        optional=0 if second is None else 2,
+        **_launch(problem, config),
+    )
+    return kernel(x, codes, scales, *(second or ()))
+
+
+def _launch(problem: Problem, config: AnyConfig) -> dict[str, Any]:
+    """What mosaic_kernel wants to know of the kernel that a config is of."""
     if isinstance(config, few.Config):
         few.check_config(problem, config)
-        return mosaic_kernel(
-            functools.partial(few.program, problem, config),
-            out_shape=out_shape,
-            grid=few.ctas(problem, config),
-            warpgroups=few.warpgroups(config),
-            shared_memory_bytes=few.shared_memory_bytes(problem, config),
-            optional=0 if second is None else 2,
-        )(x, codes, scales, *(second or ()))
-    check_config(problem, config)
-    return mosaic_kernel(
-        functools.partial(direct.program if config.direct else program, problem, config),
-        out_shape=out_shape,
-        grid=tiling.clusters(problem, config),
-        warpgroups=config.warpgroups,
-        shared_memory_bytes=tiling.shared_memory_bytes(config),
-        cluster=config.split,
-        optional=0 if second is None else 2,
-    )(x, codes, scales, *(second or ()))
+        return {
+            "program": functools.partial(few.program, problem, config),
+            "grid": few.ctas(problem),
+            "warpgroups": few.warpgroups(config),
+            "shared_memory_bytes": few.shared_memory_bytes(problem, config),
+        }
+    if isinstance(config, many.Config):
+        many.check_config(problem, config)
+        return {
+            "program": functools.partial(many.program, problem, config),
+            "grid": many.clusters(problem, config),
+            "cluster": config.split,
+            "warpgroups": many.WARPGROUPS,
+            "shared_memory_bytes": many.shared_memory_bytes(config),
+            "maps": {0: many.box(config)},
+        }
+    tiling.check_config(problem, config)
+    return {
+        "program": functools.partial(direct.program if config.direct else wgmma.program, problem, config),
+        "grid": tiling.clusters(problem, config),
+        "cluster": config.split,
+        "warpgroups": config.warpgroups,
+        "shared_memory_bytes": tiling.shared_memory_bytes(config),
+    }
 
 
 def unsupported(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str | None:
@@ -148,7 +153,7 @@ def default_config(problem: Problem) -> AnyConfig:
     cost says.
     """
     if problem.batch <= INVARIANT_TOKENS:
-        return _few(problem)
+        return _one_wave(problem) or _invariant(problem)
     if problem.batch > _MANY_TOKENS:
         return _many(problem)
     some, many_ = _some(problem), _many(problem)
@@ -156,7 +161,17 @@ def default_config(problem: Problem) -> AnyConfig:
     return many_ if quicker else some
 
 
-def _few(problem: Problem) -> AnyConfig:
+def _one_wave(problem: Problem) -> few.Config | None:
+    """fp4_linear_few.py, where a CTA of 16 outputs for each SM has all of the weight on its way at once."""
+    split, ctas = default_split(problem.outputs, problem.contraction), few.ctas(problem)
+    if problem.batch > _ONE_WAVE_TOKENS or split != 8 or not _ENOUGH_CTAS <= ctas <= _SMS:
+        return None
+    config = few.Config(split)
+    fits = problem.contraction % few.part_unit(config) == 0
+    return config if fits and few.shared_memory_bytes(problem, config) <= SHARED_MEMORY_BYTES else None
+
+
+def _invariant(problem: Problem) -> AnyConfig:
     tiles = problem.outputs // BLOCK
     split = default_split(problem.outputs, problem.contraction)
     part = problem.contraction // BLOCK // split

@@ -142,6 +142,11 @@ def check_config(problem: Problem, config: Config) -> None:
         "push must come with a split": not c.push or c.split > 1,
         "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
     }
+    check_rules(rules, problem, config)
+
+
+def check_rules(rules: dict[str, bool], problem: Problem, config: object) -> None:
+    """Raise ValueError with the first rule that does not hold."""
     for rule, holds in rules.items():
         if not holds:
             raise ValueError(

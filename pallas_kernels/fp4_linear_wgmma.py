@@ -19,6 +19,7 @@ from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SLAB_BYTES
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
 from pallas_kernels.fp4_linear_exchange import ALL, Exchange
 from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, SCALE_WORD_BYTES, Config, Problem
+from pallas_kernels.fp4_linear_weights import weight_of
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import vector
 
@@ -96,15 +97,7 @@ class Kernel(Exchange):
         self.codes, self.scales, self.x = (ptx.reg(name, "b64") for name in ("codes", "scales", "x"))
         k_blocks = p.contraction // BLOCK
         part_blocks = k_blocks // c.split
-        codes, scales = "$1", "$2"
-        if p.first_outputs:
-            codes, scales = ptx.regs("weight", 2, "b64")
-            ptx(
-                f"setp.ge.u32 {self.pred}, {self.tile}, {p.first_outputs // BLOCK};",
-                f"selp.b64 {codes}, $5, $1, {self.pred};",
-                f"selp.b64 {scales}, $6, $2, {self.pred};",
-                f"@{self.pred} sub.u32 {self.tile}, {self.tile}, {p.first_outputs // BLOCK};",
-            )
+        codes, scales = weight_of(ptx, self.tile, p.first_outputs // BLOCK, self.pred)
         self.scale_bytes = scales  # of all
         ptx(
             # codes [tile][block][thread][16 bytes]

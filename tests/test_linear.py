@@ -18,6 +18,7 @@ from mla_fp4_jax.kernel_order import order_for_device
 from mla_fp4_jax.ops import implementations
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import MOSAIC, XLA
+from pallas_kernels import fp4_linear_few as few
 from pallas_kernels import fp4_linear_many as many
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels.backend import abstract_gpu, mosaic_why_not, target_gpu
@@ -88,13 +89,13 @@ def test_few_tokens_take_one_kernel_many_a_dense_matrix():
 
 @for_hopper
 def test_what_the_kernels_do_not_take_goes_elsewhere():
-    few = shape((3, 128), jnp.bfloat16)
-    assert kernels(fp4_linear, few, abstract(192, 128)) == 1
-    assert kernels(fp4_linear, few, abstract(192, 128), platform="cpu") == 0
+    some = shape((3, 128), jnp.bfloat16)
+    assert kernels(fp4_linear, some, abstract(192, 128)) == 1
+    assert kernels(fp4_linear, some, abstract(192, 128), platform="cpu") == 0
     assert kernels(fp4_linear, shape((3, 128), jnp.float32), abstract(192, 128)) == 0
-    assert kernels(fp4_linear, few, abstract(192, 128, order=None)) == 0
+    assert kernels(fp4_linear, some, abstract(192, 128, order=None)) == 0
     assert kernels(fp4_linear, shape((3, 192), jnp.bfloat16), abstract(128, 192)) == 0  # K = 3 x 64
-    assert kernels(functools.partial(fp4_linear, implementation=XLA), few, abstract(192, 128)) == 0
+    assert kernels(functools.partial(fp4_linear, implementation=XLA), some, abstract(192, 128)) == 0
 
 
 @for_hopper
@@ -126,7 +127,7 @@ def test_the_kernels_need_a_hopper_gpu():
 
 PROBLEMS = [
     Problem(tokens, *sizes)
-    for tokens in (1, 7, 8, 9, 16, 17, 32, 33, 49, 64, 65, 100, 128, 129, 256, 300, 511, 512)
+    for tokens in (1, 4, 5, 8, 9, 16, 17, 32, 33, 49, 64, 65, 100, 128, 129, 256, 300, 511, 512)
     for sizes in ((64, 128), (192, 384), (576, 7168), (1536, 7168), (2112, 7168), (7168, 16384), (24576, 1536))
     + ((320, 128), (5120, 16384), (4096, 640), (12288, 1536), (7168, 128))
 ]
@@ -135,6 +136,10 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.batch}-{p.outputs}-{p.contraction}")
 def test_default_tiles_fit(problem):
     config = default_config(problem)
+    if isinstance(config, few.Config):
+        few.check_config(problem, config)
+        assert config.split == default_split(problem.outputs, problem.contraction)
+        return
     if isinstance(config, many.Config):
         many.check_config(problem, config)
         assert many.token_tiles(problem, config) * config.tokens >= problem.batch
@@ -165,6 +170,24 @@ def test_tiles_that_do_not_fit_are_named(change, says):
     check_config(problem, fits)
     with pytest.raises(ValueError, match=says):
         check_config(problem, dataclasses.replace(fits, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"batch": 9}, "M must be at most 8"),
+        ({"outputs": 208}, "64 must divide N"),
+        ({"contraction": 2560}, "divide K"),
+    ]
+    + [({"contraction": 15 * 1024}, "227 KiB")],
+)
+def test_what_the_kernel_for_few_tokens_cannot_take_is_named(change, says):
+    problem = Problem(8, 192, 3072)
+    few.check_config(problem, few.Config(8))
+    with pytest.raises(ValueError, match=says):
+        few.check_config(dataclasses.replace(problem, **change), few.Config(8))
+    with pytest.raises(ValueError, match="split"):
+        few.check_config(problem, few.Config(2))
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def test_every_default_configuration(problem):
 
 
 @pytest.mark.parametrize("first", [0, 1536])
-@pytest.mark.parametrize(("tokens", "tiles", "slots"), [(1, 1, 6), (7, 2, 6), (8, 1, 7), (16, 1, 5)])
-def test_the_kernel_for_few_tokens(tokens, tiles, slots, first):
-    call = functools.partial(fp4_linear_mosaic_gpu, config=few.Config(8, tiles, slots))
+@pytest.mark.parametrize("tokens", [2, 7, 8])  # none that a default has compiled already
+def test_the_kernel_for_few_tokens(tokens, first):
+    call = functools.partial(fp4_linear_mosaic_gpu, config=few.Config(8))
     x = shape((tokens, 7168), jnp.bfloat16)
     weights = [
         (shape((rows, 3584), jnp.uint8), shape((rows, 224), jnp.uint8)) for rows in (first, 2112 - first) if rows

@@ -59,12 +59,11 @@ CONFIGS = (
     Case(200, 320, 1024, config=Many(5, 104, 8)),
     Case(13, 320, 1024, config=Many(8, 16, 4)),
     Case(60, 512, 2048, config=Many(2, 64, 16)),
-    # The kernel for few tokens and outputs: all stages at once or a ring, one tile or two, four warps or eight.
-    *(Case(tokens, 2112, 7168, config=Few(8, 1, 7)) for tokens in (1, 3, 8)),
-    Case(16, 2112, 7168, config=Few(8, 1, 5)),
-    Case(8, 576, 7168, "float32", Few(8, 2, 6)),
-    Case(11, 192, 1536, config=Few(4, 2, 1)),
-    Case(2, 320, 1024, "float32", Few(8, 1, 1)),
+    # The kernel for few tokens: four warps or eight, one stage or several.
+    *(Case(tokens, 2112, 7168, config=Few(8)) for tokens in (1, 3, 8)),
+    Case(8, 576, 7168, "float32", Few(8)),
+    Case(5, 192, 1536, config=Few(4)),
+    Case(2, 320, 1024, "float32", Few(8)),
 )
 
 
@@ -91,22 +90,20 @@ def test_it_stays_within_its_operands(tokens, sizes, rng):
     checks.check_confined(MOSAIC, Case(tokens, *sizes), rng)
 
 
-@pytest.mark.parametrize(
-    "case", [Case(1, 192, 1024, config=Few(8, 1, 1)), Case(3, 512, 2048, config=Few(4, 2, 2))], ids=str
-)
+@pytest.mark.parametrize("case", [Case(1, 192, 1024, config=Few(8)), Case(3, 512, 2048, config=Few(4))], ids=str)
 def test_few_tokens_stay_within_their_operands(case, rng):
     checks.check_confined(MOSAIC, case, rng)
 
 
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
-@pytest.mark.parametrize("tokens", [1, 3, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
 def test_few_tokens_get_the_bits_of_clusters(tokens, out, rng):
-    case = Case(tokens, 576, 7168, out, config=Config(8, 16, 1, 1, 2, 4, True))
+    case = Case(tokens, 576, 7168, out, config=Config(8, 8, 1, 1, 2, 4, True))
     w = FP4Array.from_packed(*checks.random_parts(rng, case)).in_fragment_order()
     x = jnp.asarray(checks.random_x(rng, case, exact=False))
     want = bits(checks.run(MOSAIC, case, x, w))
-    for config in (Few(8, 1, 5), Few(8, 2, 3)):
-        np.testing.assert_array_equal(bits(checks.run(MOSAIC, dataclasses.replace(case, config=config), x, w)), want)
+    got = bits(checks.run(MOSAIC, dataclasses.replace(case, config=Few(8)), x, w))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
