@@ -17,6 +17,7 @@ from pallas_kernels import fp4_linear_few as few
 from pallas_kernels import fp4_linear_many as many
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels import fp4_linear_wgmma as wgmma
+from pallas_kernels.backend import target_gpu
 from pallas_kernels.fp4_bmm_tiles import SHARED_MEMORY_BYTES
 from pallas_kernels.fp4_linear_tiles import Config, Problem
 from pallas_kernels.fragments import BLOCK
@@ -35,6 +36,8 @@ _ONE_WAVE_TOKENS = 4  # up to which each CTA had better read all of x than be in
 _FEW_TOKENS = 16
 _ENOUGH_WARPGROUPS = 220  # that stream weights, on the whole GPU: not quite two for each of its SMs
 _LONG_PART = 32  # blocks of a part from which on a CTA's warpgroups had better share x
+_VERY_LONG_PART = 64  # and above which small CTAs keep up with an H200's memory for up to 32 tokens
+_SHORT_PART = 8  # and below which nobody has measured that
 _DIRECT_PART = 16  # blocks of a part that a thread's registers hold
 _ENOUGH_CTAS = 100
 # What more tokens cost, in cycles, as fitted to the sweeps in bench/results (within 15 % for most of them).
@@ -84,7 +87,7 @@ def fp4_linear_mosaic_gpu(
     if batch == 0:
         return jnp.zeros((0, outputs), out_dtype)
     problem = Problem(batch, outputs, 2 * codes.shape[1], jnp.dtype(out_dtype).itemsize, first)
-    config = default_config(problem) if config is None else config
+    config = default_config(problem, quick_memory=_quick_memory()) if config is None else config
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
     kernel = mosaic_kernel(
@@ -145,15 +148,21 @@ def default_split(outputs: int, contraction: int) -> int:
     return split
 
 
-def default_config(problem: Problem) -> AnyConfig:
-    """Tiles for a problem, from measurements on an H100 (bench/results).
+def _quick_memory() -> bool:
+    """Whether the GPU that is traced for has an H200's memory; its SMs are an H100's."""
+    gpu = target_gpu()
+    return gpu is not None and "H200" in gpu.kind
+
+
+def default_config(problem: Problem, *, quick_memory: bool = False) -> AnyConfig:
+    """Tiles for a problem, from measurements on an H100, or with quick_memory on an H200 (bench/results).
 
     But for `split`, no choice changes a bit of the result. Few tokens: as many warpgroups in a CTA, since they share
     x, as leave a CTA for most SMs; above 48, fp4_linear_many.py where it fills the GPU. More: what a model of the
     cost says.
     """
     if problem.batch <= INVARIANT_TOKENS:
-        return _one_wave(problem) or _invariant(problem)
+        return _one_wave(problem) or (_small_ctas(problem) if quick_memory else None) or _invariant(problem)
     if problem.batch > _MANY_TOKENS:
         return _many(problem)
     some, many_ = _some(problem), _many(problem)
@@ -169,6 +178,22 @@ def _one_wave(problem: Problem) -> few.Config | None:
     config = few.Config(split)
     fits = problem.contraction % few.part_unit(config) == 0
     return config if fits and few.shared_memory_bytes(problem, config) <= SHARED_MEMORY_BYTES else None
+
+
+def _small_ctas(problem: Problem) -> Config | None:
+    """A warpgroup a CTA, two or three CTAs an SM, stages of four blocks: what keeps up with an H200's memory."""
+    tiles, split = problem.outputs // BLOCK, default_split(problem.outputs, problem.contraction)
+    part, tokens = problem.contraction // BLOCK // split, _round_up(problem.batch, 8)
+    few_tokens = tokens <= _FEW_TOKENS
+    two = tiles * split <= 2 * _SMS  # CTAs of an SM
+    if (
+        part % 4
+        or tiles * split > 3 * _SMS
+        or not (few_tokens or tokens <= 2 * _FEW_TOKENS and two and part > _VERY_LONG_PART)
+    ):
+        return None
+    config = Config(split, tokens, 1, 1, 4, 4 if two else 3, push=split > 1 and few_tokens)
+    return _with_fitting_slots(problem, config)
 
 
 def _invariant(problem: Problem) -> AnyConfig:

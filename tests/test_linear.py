@@ -133,9 +133,10 @@ PROBLEMS = [
 ]
 
 
+@pytest.mark.parametrize("quick_memory", [False, True])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.batch}-{p.outputs}-{p.contraction}")
-def test_default_tiles_fit(problem):
-    config = default_config(problem)
+def test_default_tiles_fit(problem, quick_memory):
+    config = default_config(problem, quick_memory=quick_memory)
     if isinstance(config, few.Config):
         few.check_config(problem, config)
         assert config.split == default_split(problem.outputs, problem.contraction)

@@ -13,7 +13,7 @@ from mla_fp4_jax import FP4Array, fp4_linear
 from mla_fp4_jax.ops.dense import fp4_dense
 from mla_fp4_jax.ops.implementations import MOSAIC
 from pallas_kernels import fp4_linear_few as few
-from pallas_kernels.fp4_linear_mosaic_gpu import MOST_TOKENS, default_config, fp4_linear_mosaic_gpu
+from pallas_kernels.fp4_linear_mosaic_gpu import MOST_TOKENS, AnyConfig, default_config, fp4_linear_mosaic_gpu
 from pallas_kernels.fp4_linear_tiles import Problem
 from pallas_kernels.fragments import FragmentOrder
 
@@ -27,15 +27,15 @@ SIZES = ((2112, 7168), (1536, 7168), (576, 7168), (24576, 1536), (7168, 16384), 
 TOKENS = (1, 8, 16, 17, 24, 32, 33, 64, 65, 80, 96, 128, 129, 256, 300, 512)
 
 
-def problems() -> list[Problem]:
+def problems(*, quick_memory: bool = False) -> dict[tuple[AnyConfig, int], Problem]:
     """One for each configuration that these shapes' defaults come to, and dtype of the result."""
     found = {}
     for sizes in SIZES:
         for tokens in TOKENS:
             for out_bytes in (2, 4) if sizes == (2112, 7168) else (2,):
                 problem = Problem(tokens, *sizes, out_bytes)
-                found.setdefault((default_config(problem), out_bytes), problem)
-    return list(found.values())
+                found.setdefault((default_config(problem, quick_memory=quick_memory), out_bytes), problem)
+    return found
 
 
 def abstract(size: tuple[int, ...], order: FragmentOrder) -> FP4Array:
@@ -52,10 +52,21 @@ def check(program: sm90.Program) -> None:
     assert program.temp_bytes == 0 and program.moves_of("u8", "f4e2m1fn", "bf16") == []
 
 
-@pytest.mark.parametrize("problem", problems(), ids=lambda p: f"{p.batch}-{p.outputs}-{p.contraction}-{p.out_bytes}")
-def test_every_default_configuration(problem):
+def on_an_h200() -> list[tuple[AnyConfig, Problem]]:
+    """What is chosen there and not on an H100."""
+    return [(key[0], problem) for key, problem in problems(quick_memory=True).items() if key not in problems()]
+
+
+def name(p: Problem | AnyConfig) -> str:
+    return f"{p.batch}-{p.outputs}-{p.contraction}-{p.out_bytes}" if isinstance(p, Problem) else ""
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"), [*((None, problem) for problem in problems().values()), *on_an_h200()], ids=name
+)
+def test_every_default_configuration(config, problem):
     out = jnp.bfloat16 if problem.out_bytes == 2 else jnp.float32
-    call = functools.partial(fp4_linear, implementation=MOSAIC, preferred_element_type=out)
+    call = functools.partial(fp4_linear, implementation=MOSAIC, preferred_element_type=out, config=config)
     x = shape((problem.batch, problem.contraction), jnp.bfloat16)
     w = abstract((problem.outputs, problem.contraction), FragmentOrder(0))
     check(sm90.compile_for_h100(call, x, w))
