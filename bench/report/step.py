@@ -11,7 +11,7 @@ FP4, FP4_KV_B, DENSE, TORCH = "fp4", "fp4 kv_b", "xla bf16", "torch"
 Shape = tuple[int, int, int]  # H, S, B
 
 
-def section(result: dict) -> str:
+def section(result: dict, pictures: bool = True) -> str:
     """Every shape's times and ratios, then the stages of the FP4 step."""
     found = times(result)
     lines = [
@@ -32,8 +32,12 @@ def section(result: dict) -> str:
         lines.append(row(*shape, *cells, *ratios, number(floor), ratio(at[FP4], floor)))
     lines += stages(result)
     lines += memory(result)
-    pictures = "![stages](bench/results/step_stages.svg) ![time against context](bench/results/step_context.svg)"
-    return "\n".join([*lines, "", pictures])
+    if pictures:
+        lines += [
+            "",
+            "![stages](bench/results/step_stages.svg) ![time against context](bench/results/step_context.svg)",
+        ]
+    return "\n".join(lines)
 
 
 def stages(result: dict) -> list[str]:
