@@ -141,13 +141,15 @@ def mla_decode(
     dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
     attention_implementation: str | None = None,
+    split_size: int | None = None,
     sharding: MLASharding | None = None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """Append T new tokens per sequence (1, or a few speculated) and attend in latent space.
 
     Arguments, results and errors as mla_prefill's; `lengths` 0 marks a sequence that takes no part in this
     step. The two differ in the order of operations only: here W_K and W_V are absorbed into the query and the
-    output, so that the cache is read once for all heads. `attention_implementation` is ops.mla_decode's.
+    output, so that the cache is read once for all heads. `attention_implementation` and `split_size` are
+    ops.mla_decode's: given a split size, the attention's bits do not depend on how many sequences there are.
     """
     active = _active("mla_decode", x, lengths, None)
     _check(x, cache, config, positions, active)
@@ -155,6 +157,7 @@ def mla_decode(
         "dtype": jnp.dtype(dtype),
         "implementation": implementation,
         "attention_implementation": attention_implementation,
+        "split_size": split_size,
     }
     if sharding is not None:
         return on_every_device(_decode, sharding, weights, x, cache, config, positions, active, **static)
@@ -173,6 +176,7 @@ def _decode(
     dtype: jnp.dtype,
     implementation: str | None,
     attention_implementation: str | None,
+    split_size: int | None,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     step = _begin(
         shard, weights, x, cache, config, positions, active, dtype, implementation, attention_implementation
@@ -187,6 +191,7 @@ def _decode(
                 visible,
                 scale=config.softmax_scale,
                 return_lse=True,
+                split_size=split_size,
                 implementation=attention_implementation,
             )
 

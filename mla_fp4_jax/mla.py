@@ -46,6 +46,7 @@ class MLAAttention(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         implementation: str | None = None,
         attention_implementation: str | None = None,
+        split_size: int | None = None,
         sharding: MLASharding | None = None,
         rngs: nnx.Rngs | None = None,
     ):
@@ -61,7 +62,9 @@ class MLAAttention(nnx.Module):
             dtype: compute dtype, and that of random dense weights and of the cache.
             implementation: of the FP4 products; see fp4_bmm.
             attention_implementation: of the attention between them, in prefill (see ops.mla_prefill_attention) and in
-                decode (see ops.mla_decode). Both attributes may be set later, as on a layer that was loaded.
+                decode (see ops.mla_decode).
+            split_size: of the attention in decode, see ops.mla_decode. It and both implementations may also be set
+                as attributes later, as on a layer that was loaded.
             sharding: how weights and caches lie on many devices; weights that lie otherwise are placed. None for one.
             rngs: makes random weights from its `params` stream, normal with variance 1 / fan-in.
 
@@ -89,6 +92,7 @@ class MLAAttention(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.implementation = implementation
         self.attention_implementation = attention_implementation
+        self.split_size = split_size
         self.sharding = sharding
         for field in dataclasses.fields(MLAWeights):
             setattr(self, field.name, _variable(getattr(weights, field.name)))
@@ -167,6 +171,7 @@ class MLAAttention(nnx.Module):
             dtype=self.dtype,
             implementation=self.implementation,
             attention_implementation=self.attention_implementation,
+            split_size=self.split_size,
             sharding=self.sharding,
         )
 

@@ -92,11 +92,14 @@ def check_config(problem: Problem, config: Config) -> None:
         'evict_first must be "", "x" or "out"': c.evict_first in ("", "x", "out"),
         "shared memory must hold at most 227 KiB": shared_memory_bytes(problem, c) <= SHARED_MEMORY_BYTES,
     }
+    check_rules("fp4_bmm_mosaic_gpu", rules, problem, config)
+
+
+def check_rules(kernel: str, rules: dict[str, bool], problem: object, config: object) -> None:
+    """Raise ValueError with the first rule that does not hold for a kernel's problem and config."""
     for rule, holds in rules.items():
         if not holds:
-            raise ValueError(
-                f"fp4_bmm_mosaic_gpu: {rule}; got {config} for {problem}. Leave config out for a default."
-            )
+            raise ValueError(f"{kernel}: {rule}; got {config} for {problem}. Leave config out for a default.")
 
 
 def slot_bytes(problem: Problem, config: Config) -> int:

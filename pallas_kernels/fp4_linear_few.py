@@ -2,33 +2,40 @@
 
     out[m, n] = sum_k x[m, k] A[n, k]        A in fragment order (fragments.py), exact
 
-A CTA has 16 outputs; each of its `split` warps has one part of the contraction. A warp asks for all of its codes,
+A CTA has 16 outputs; each of its eight warps has one part of the contraction. A warp asks for all of its codes,
 scales and x at once, by cp.async to its own shared memory, so that warps wait for each other only at the end, where
 their partial results are added in the order of the parts. The products are mma.sync m16n8k16, those of a block under
 the decode of the next.
 
-A cluster and its exchange of partial results cost 1 us, which this saves (7168 -> 2112 with one token: 5.1 instead of
-5.9 us on an H200). But every CTA reads all of x: four times as often as where one has 64 outputs, so that it is the
-slower one with eight tokens (bench/results, ..._fp4_linear_few.json).
+What this saves is a cluster and its exchange of partial results: 7168 -> 2112 takes an H200 5.1 us with one token
+instead of 5.9. But every CTA reads all of x, four times as often as where one has 64 outputs: with four tokens 5.6 us
+instead of 5.9, with eight 7.0 (bench/results/2026-11-28_h200_fp4_linear_few.json). So fp4_linear_h200.py takes it for
+up to four.
 
-An output is `split` chains of k16 steps over ascending k, each in one float32 accumulator, added in order: the bits
-that fp4_linear_wgmma.py gives with as many parts.
+An output is eight chains of k16 steps over ascending k, each in one float32 accumulator, added in order: the bits
+that fp4_linear_wgmma.py gives with as many parts. That mma.sync and wgmma round a step alike is what every GPU test
+saw, no promise of PTX.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.fp4_bmm_tiles import SHARED_MEMORY_BYTES
+from pallas_kernels.fp4_bmm_tiles import SHARED_MEMORY_BYTES, check_rules
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
-from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Problem, check_rules
+from pallas_kernels.fp4_linear_exchange import ALL
+from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, NAME, SCALE_WORD_BYTES, Problem
 from pallas_kernels.fp4_linear_weights import weight_of
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import Ptx, vector
 
 ROWS = 16  # outputs of a CTA and of an mma
 MOST_TOKENS = 8  # of an mma
+SPLIT = 8  # parts of the contraction, one for each warp of a CTA
+WARPGROUPS = SPLIT // 4  # of a CTA
+_THREADS = 32 * SPLIT
 _BLOCKS = 2  # 64-k blocks of a stage
+_PART_UNIT = _BLOCKS * BLOCK * SPLIT
 _TILE_BYTES = BLOCK_BYTES // 4  # codes of 16 outputs of a block, 16 bytes a lane
 _CODE_BYTES = _BLOCKS * _TILE_BYTES  # of a stage
 _SCALE_BYTES = _BLOCKS * SCALE_WORD_BYTES  # of a stage, for a row g
@@ -38,24 +45,12 @@ _ROW_PITCH = _ROW_BYTES + 16
 # Bytes from a token's partial results to the next's: 4 float32 more, so that a warp's are in all banks.
 _PARTIAL_PITCH = (ROWS + EXCHANGE_PAD) * 4
 _ALIGNMENT = 16  # of cp.async and ldmatrix
-_ALL = 1  # named barrier of the whole CTA (Mosaic has 0)
 _WARP = "0xffffffff"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the kernel is tiled.
-
-    Attributes:
-        split: warps of a CTA, which share the contraction, 4 or 8. It alone decides the bits of the result.
-    """
-
-    split: int
-
-
-def warpgroups(config: Config) -> int:
-    """Of a CTA."""
-    return config.split // 4
+    """There is nothing to choose: its warps are the parts of the contraction, SPLIT of them."""
 
 
 def ctas(problem: Problem) -> int:
@@ -63,14 +58,9 @@ def ctas(problem: Problem) -> int:
     return problem.outputs // ROWS
 
 
-def part_unit(config: Config) -> int:
-    """What must divide K."""
-    return _BLOCKS * BLOCK * config.split
-
-
-def stages(problem: Problem, config: Config) -> int:
+def stages(problem: Problem) -> int:
     """Of a warp's part."""
-    return problem.contraction // part_unit(config)
+    return problem.contraction // _PART_UNIT
 
 
 def stage_bytes(problem: Problem) -> int:
@@ -78,51 +68,49 @@ def stage_bytes(problem: Problem) -> int:
     return _CODE_BYTES + problem.batch * _ROW_PITCH
 
 
-def scale_pitch(problem: Problem, config: Config) -> int:
-    """Bytes from one g's scales of a part to the next's: an odd number of 8, so that 8 of them are in all banks."""
-    return _SCALE_BYTES * (stages(problem, config) | 1)
+def scale_pitch(problem: Problem) -> int:
+    """Bytes from one g's scales of a part to the next's: an odd number of 8, lest two of them share a bank."""
+    return _SCALE_BYTES * (stages(problem) | 1)
 
 
-def warp_bytes(problem: Problem, config: Config) -> int:
+def warp_bytes(problem: Problem) -> int:
     """A warp's stages, then its scales [g][block of the part][4]."""
-    size = stages(problem, config) * stage_bytes(problem) + 8 * scale_pitch(problem, config)
+    size = stages(problem) * stage_bytes(problem) + 8 * scale_pitch(problem)
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def shared_memory_bytes(problem: Problem, config: Config) -> int:
+def shared_memory_bytes(problem: Problem) -> int:
     """All warps', and what aligning may cost. Partial results fit in a warp's first stage, whose place they take."""
-    return _ALIGNMENT + config.split * warp_bytes(problem, config)
+    return _ALIGNMENT + SPLIT * warp_bytes(problem)
 
 
-def check_config(problem: Problem, config: Config) -> None:
-    """Raise ValueError unless the config fits the problem."""
-    p, c = problem, config
+def check_config(problem: Problem) -> None:
+    """Raise ValueError unless the kernel can do the problem."""
+    p = problem
     rules = {
         "M must be at most 8": p.batch <= MOST_TOKENS,
-        "split must be 4 or 8": c.split in (4, 8),
         "64 must divide N and the first weight's outputs": p.outputs % BLOCK == p.first_outputs % BLOCK == 0,
-        "128 split must divide K": p.contraction % part_unit(c) == 0,
-        "shared memory must hold at most 227 KiB": shared_memory_bytes(p, c) <= SHARED_MEMORY_BYTES,
+        f"{_PART_UNIT} must divide K": p.contraction % _PART_UNIT == 0,
+        "shared memory must hold at most 227 KiB": shared_memory_bytes(p) <= SHARED_MEMORY_BYTES,
     }
-    check_rules(rules, problem, config)
+    check_rules(NAME, rules, problem, Config())
 
 
-def program(problem: Problem, config: Config) -> str:
+def program(problem: Problem) -> str:
     """The whole kernel: $0 x, $1 codes, $2 scales, $3 out (64-bit addresses), $4 shared memory (32-bit).
 
     Of a second weight below the first: $5 codes, $6 scales.
     """
-    return _Kernel(problem, config).emit()
+    return _Kernel(problem).emit()
 
 
 class _Kernel:
     """Emits the program; the steps are in the order of the methods."""
 
-    def __init__(self, problem: Problem, config: Config):
-        self.p, self.c, self.ptx = problem, config, Ptx()
-        self.stages = stages(problem, config)
+    def __init__(self, problem: Problem):
+        self.p, self.ptx = problem, Ptx()
+        self.stages = stages(problem)
         self.k_blocks = problem.contraction // BLOCK
-        self.threads = 32 * config.split
 
     def emit(self) -> str:
         self._indices()
@@ -150,7 +138,7 @@ class _Kernel:
             f"mov.u32 {self.tile}, %ctaid.x;",
             f"add.u32 {self.shared}, $4, {_ALIGNMENT - 1};",
             f"and.b32 {self.shared}, {self.shared}, -{_ALIGNMENT};",
-            f"mad.lo.u32 {self.mine}, {self.warp}, {warp_bytes(self.p, self.c)}, {self.shared};",
+            f"mad.lo.u32 {self.mine}, {self.warp}, {warp_bytes(self.p)}, {self.shared};",
         )
 
     def _sources(self) -> None:
@@ -193,7 +181,7 @@ class _Kernel:
 
     def _destinations(self) -> None:
         """Addresses in the first stage: of this lane's codes (copied and read), x and scales (copied; read)."""
-        ptx, p, c = self.ptx, self.p, self.c
+        ptx, p = self.ptx, self.p
         self.code_at, self.x_to, self.x_at, self.scale_to, self.scale_at = (
             ptx.reg(name) for name in ("code_at", "x_to", "x_at", "scale_to", "scale_at")
         )
@@ -205,7 +193,7 @@ class _Kernel:
             f"and.b32 {self.tmp}, {self.lane}, 15;",
             f"mad.lo.u32 {self.x_to}, {self.tmp}, 16, {self.x_to};",
             f"add.u32 {self.x_to}, {self.x_to}, {_CODE_BYTES};",
-            f"mad.lo.u32 {self.scale_at}, {self.g}, {scale_pitch(p, c)}, {self.mine};",
+            f"mad.lo.u32 {self.scale_at}, {self.g}, {scale_pitch(p)}, {self.mine};",
             f"add.u32 {self.scale_at}, {self.scale_at}, {self.stages * stage_bytes(p)};",
             f"mad.lo.u32 {self.scale_to}, {self.t}, {_SCALE_BYTES}, {self.scale_at};",
             # Lane 8i + j gives ldmatrix row j of its matrix i, eight k of each token; absent tokens are the last
@@ -317,7 +305,7 @@ class _Kernel:
         )
         for i, register in enumerate(self.acc):  # row g at tokens 2t, 2t + 1, then row g + 8
             ptx(f"st.shared.f32 [{to}+{i % 2 * _PARTIAL_PITCH + i // 2 * 32}], {register};")
-        ptx(f"bar.sync {_ALL}, {self.threads};")
+        ptx(f"bar.sync {ALL}, {_THREADS};")
 
     def _add_and_store(self) -> None:
         """Add the warps' partial results in their order, round and store: 2 outputs of a token, one thread each."""
@@ -327,14 +315,14 @@ class _Kernel:
         total, more = ptx.regs("total", 2, "f32"), ptx.regs("more", 2, "f32")
         out, done = ptx.reg("out", "b64"), ptx.label("stored")
         ptx(f"setp.ge.u32 {self.pred}, {self.tid}, {p.batch * pairs};", f"@{self.pred} bra {done};")
-        ptx.divide(token, pair, self.tid, pairs, self.threads)
+        ptx.divide(token, pair, self.tid, pairs, _THREADS)
         ptx(
             f"mad.lo.u32 {at}, {token}, {_PARTIAL_PITCH}, {self.shared};",
             f"mad.lo.u32 {at}, {pair}, 8, {at};",
             f"ld.shared.v2.f32 {vector(total)}, [{at}];",
         )
-        for part in range(1, self.c.split):
-            ptx(f"ld.shared.v2.f32 {vector(more)}, [{at}+{part * warp_bytes(p, self.c)}];")
+        for part in range(1, SPLIT):
+            ptx(f"ld.shared.v2.f32 {vector(more)}, [{at}+{part * warp_bytes(p)}];")
             ptx(*(f"add.f32 {a}, {a}, {b};" for a, b in zip(total, more, strict=True)))
         ptx(
             f"mul.wide.u32 {out}, {token}, {p.outputs * p.out_bytes};",

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SHARED_MEMORY_BYTES, SLAB_BYTES
+from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SHARED_MEMORY_BYTES, SLAB_BYTES, check_rules
 from pallas_kernels.fp4_fragment_ptx import Constants, bias_scales, decode_block
-from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, SCALE_WORD_BYTES, Problem, check_rules
+from pallas_kernels.fp4_linear_tiles import BLOCK_BYTES, EXCHANGE_PAD, NAME, SCALE_WORD_BYTES, Problem
 from pallas_kernels.fp4_linear_weights import weight_of
 from pallas_kernels.fragments import BLOCK
 from pallas_kernels.ptx import Ptx, vector
@@ -85,7 +85,7 @@ def check_config(problem: Problem, config: Config) -> None:
         "slots must be an even number from 4 on": c.slots >= 4 and c.slots % 2 == 0,
         "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
     }
-    check_rules(rules, problem, config)
+    check_rules(NAME, rules, problem, config)
 
 
 def program(problem: Problem, config: Config) -> str:

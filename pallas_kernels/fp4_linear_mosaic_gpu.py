@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import fp4_linear_direct as direct
 from pallas_kernels import fp4_linear_few as few
+from pallas_kernels import fp4_linear_h200 as h200
 from pallas_kernels import fp4_linear_many as many
 from pallas_kernels import fp4_linear_tiles as tiling
 from pallas_kernels import fp4_linear_wgmma as wgmma
@@ -31,13 +32,10 @@ MOST_TOKENS = 512
 INVARIANT_TOKENS = 64
 _MIN_K = 2 * BLOCK
 _INT32_BYTES = 2**31
-_SMS = 132  # of an H100
-_ONE_WAVE_TOKENS = 4  # up to which each CTA had better read all of x than be in a cluster
-_FEW_TOKENS = 16
+_SMS = 132  # of an H100, and of an H200
+_FEW_TOKENS = 16  # up to which a thread of a warpgroup has registers to spare
 _ENOUGH_WARPGROUPS = 220  # that stream weights, on the whole GPU: not quite two for each of its SMs
 _LONG_PART = 32  # blocks of a part from which on a CTA's warpgroups had better share x
-_VERY_LONG_PART = 64  # and above which small CTAs keep up with an H200's memory for up to 32 tokens
-_SHORT_PART = 8  # and below which nobody has measured that
 _DIRECT_PART = 16  # blocks of a part that a thread's registers hold
 _ENOUGH_CTAS = 100
 # What more tokens cost, in cycles, as fitted to the sweeps in bench/results (within 15 % for most of them).
@@ -87,7 +85,7 @@ def fp4_linear_mosaic_gpu(
     if batch == 0:
         return jnp.zeros((0, outputs), out_dtype)
     problem = Problem(batch, outputs, 2 * codes.shape[1], jnp.dtype(out_dtype).itemsize, first)
-    config = default_config(problem, quick_memory=_quick_memory()) if config is None else config
+    config = default_config(problem, on_an_h200=_on_an_h200()) if config is None else config
     from pallas_kernels.mosaic import mosaic_kernel  # names that jax before 0.11 lacks
 
     kernel = mosaic_kernel(
@@ -99,14 +97,14 @@ def fp4_linear_mosaic_gpu(
 
 
 def _launch(problem: Problem, config: AnyConfig) -> dict[str, Any]:
-    """What mosaic_kernel wants to know of the kernel that a config is of."""
+    """mosaic_kernel's arguments for the kernel that this config is of."""
     if isinstance(config, few.Config):
-        few.check_config(problem, config)
+        few.check_config(problem)
         return {
-            "program": functools.partial(few.program, problem, config),
+            "program": functools.partial(few.program, problem),
             "grid": few.ctas(problem),
-            "warpgroups": few.warpgroups(config),
-            "shared_memory_bytes": few.shared_memory_bytes(problem, config),
+            "warpgroups": few.WARPGROUPS,
+            "shared_memory_bytes": few.shared_memory_bytes(problem),
         }
     if isinstance(config, many.Config):
         many.check_config(problem, config)
@@ -148,21 +146,20 @@ def default_split(outputs: int, contraction: int) -> int:
     return split
 
 
-def _quick_memory() -> bool:
-    """Whether the GPU that is traced for has an H200's memory; its SMs are an H100's."""
+def _on_an_h200() -> bool:
+    """Whether the code is traced for one; a GH200 has other memory."""
     gpu = target_gpu()
-    return gpu is not None and "H200" in gpu.kind
+    return gpu is not None and "H200" in gpu.kind.split()
 
 
-def default_config(problem: Problem, *, quick_memory: bool = False) -> AnyConfig:
-    """Tiles for a problem, from measurements on an H100, or with quick_memory on an H200 (bench/results).
+def default_config(problem: Problem, *, on_an_h200: bool = False) -> AnyConfig:
+    """Tiles for a problem, from measurements on an H100, and for few tokens on an H200 (bench/results).
 
-    But for `split`, no choice changes a bit of the result. Few tokens: as many warpgroups in a CTA, since they share
-    x, as leave a CTA for most SMs; above 48, fp4_linear_many.py where it fills the GPU. More: what a model of the
-    cost says.
+    But for `split`, no choice changes a bit of the result.
     """
     if problem.batch <= INVARIANT_TOKENS:
-        return _one_wave(problem) or (_small_ctas(problem) if quick_memory else None) or _invariant(problem)
+        split = default_split(problem.outputs, problem.contraction)
+        return (h200.few_tokens(problem, split) if on_an_h200 else None) or _few_tokens(problem, split)
     if problem.batch > _MANY_TOKENS:
         return _many(problem)
     some, many_ = _some(problem), _many(problem)
@@ -170,35 +167,12 @@ def default_config(problem: Problem, *, quick_memory: bool = False) -> AnyConfig
     return many_ if quicker else some
 
 
-def _one_wave(problem: Problem) -> few.Config | None:
-    """fp4_linear_few.py, where a CTA of 16 outputs for each SM has all of the weight on its way at once."""
-    split, ctas = default_split(problem.outputs, problem.contraction), few.ctas(problem)
-    if problem.batch > _ONE_WAVE_TOKENS or split != 8 or not _ENOUGH_CTAS <= ctas <= _SMS:
-        return None
-    config = few.Config(split)
-    fits = problem.contraction % few.part_unit(config) == 0
-    return config if fits and few.shared_memory_bytes(problem, config) <= SHARED_MEMORY_BYTES else None
+def _few_tokens(problem: Problem, split: int) -> AnyConfig:
+    """As many warpgroups in a CTA, since they share x, as leave a CTA for most SMs.
 
-
-def _small_ctas(problem: Problem) -> Config | None:
-    """A warpgroup a CTA, two or three CTAs an SM, stages of four blocks: what keeps up with an H200's memory."""
-    tiles, split = problem.outputs // BLOCK, default_split(problem.outputs, problem.contraction)
-    part, tokens = problem.contraction // BLOCK // split, _round_up(problem.batch, 8)
-    few_tokens = tokens <= _FEW_TOKENS
-    two = tiles * split <= 2 * _SMS  # CTAs of an SM
-    if (
-        part % 4
-        or tiles * split > 3 * _SMS
-        or not (few_tokens or tokens <= 2 * _FEW_TOKENS and two and part > _VERY_LONG_PART)
-    ):
-        return None
-    config = Config(split, tokens, 1, 1, 4, 4 if two else 3, push=split > 1 and few_tokens)
-    return _with_fitting_slots(problem, config)
-
-
-def _invariant(problem: Problem) -> AnyConfig:
+    Above 48 tokens fp4_linear_many.py where it fills the GPU.
+    """
     tiles = problem.outputs // BLOCK
-    split = default_split(problem.outputs, problem.contraction)
     part = problem.contraction // BLOCK // split
     tokens = _round_up(problem.batch, 8)
     ctas = -(-tiles // 2) * split
@@ -219,21 +193,24 @@ def _invariant(problem: Problem) -> AnyConfig:
         config = Config(split, tokens, warpgroups, 1, 4, 5 if warpgroups == 2 and tokens <= _FEW_TOKENS else 4)
     else:
         config = Config(split, tokens, warpgroups, 1, 2, 6 if warpgroups == 2 else 8)
-    return _with_fitting_slots(problem, config)
+    return tiling.with_fitting_slots(problem, config)
 
 
 def _some(problem: Problem) -> Config:
+    """The least by a model of the cost."""
     tiles, blocks = problem.outputs // BLOCK, problem.contraction // BLOCK
     choices = []
     for most_tokens, warpgroups, per_warpgroup in ((128, 2, 2), (128, 3, 1), (256, 2, 1), (128, 1, 1)):
-        if tiles % (warpgroups * per_warpgroup) or (most_tokens == 256 and problem.batch <= 128):
+        if tiles % (warpgroups * per_warpgroup) or problem.first_outputs % (BLOCK * per_warpgroup):
+            continue
+        if most_tokens == 256 and problem.batch <= 128:
             continue
         tokens = _round_up(-(-problem.batch // -(-problem.batch // most_tokens)), 8)
         for split in (1, 2, 4, 8):
             if blocks % (2 * split) == 0:
                 slots = 3 if warpgroups == 1 else 8  # a lone warpgroup shares its SM with another CTA
                 choices.append(Config(split, tokens, warpgroups, per_warpgroup, 2 // per_warpgroup, slots))
-    return _with_fitting_slots(problem, min(choices, key=lambda config: _cycles(problem, config)))
+    return tiling.with_fitting_slots(problem, min(choices, key=lambda config: _cycles(problem, config)))
 
 
 def _cycles(problem: Problem, config: Config) -> float:
@@ -287,14 +264,6 @@ def _with_many_slots(config: many.Config) -> many.Config:
     while many.shared_memory_bytes(dataclasses.replace(config, slots=slots)) > SHARED_MEMORY_BYTES:
         slots -= 2
     return dataclasses.replace(config, slots=slots)
-
-
-def _with_fitting_slots(problem: Problem, config: Config) -> Config:
-    """No more slots than shared memory holds, nor than there are stages to load ahead; at least 3."""
-    most = tiling.stages(problem, config) + 2
-    while config.slots > 3 and (config.slots > most or tiling.shared_memory_bytes(config) > SHARED_MEMORY_BYTES):
-        config = dataclasses.replace(config, slots=config.slots - 1)
-    return config
 
 
 def _round_up(number: int, step: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SHARED_MEMORY_BYTES, SLAB_BYTES
+from pallas_kernels.fp4_bmm_tiles import ALIGNMENT, SHARED_MEMORY_BYTES, SLAB_BYTES, check_rules
 from pallas_kernels.fragments import BLOCK
 
+NAME = "fp4_linear_mosaic_gpu"  # in errors
 BLOCK_BYTES = BLOCK * BLOCK // 2  # codes of a 64 x 64 block
 BLOCK_SCALE_BYTES = BLOCK * BLOCK // 32
 SCALE_WORD_BYTES = 4  # a thread's scales of a block: rows g and g + 8, two groups each
@@ -142,13 +143,12 @@ def check_config(problem: Problem, config: Config) -> None:
         "push must come with a split": not c.push or c.split > 1,
         "shared memory must hold at most 227 KiB": shared_memory_bytes(c) <= SHARED_MEMORY_BYTES,
     }
-    check_rules(rules, problem, config)
+    check_rules(NAME, rules, problem, config)
 
 
-def check_rules(rules: dict[str, bool], problem: Problem, config: object) -> None:
-    """Raise ValueError with the first rule that does not hold."""
-    for rule, holds in rules.items():
-        if not holds:
-            raise ValueError(
-                f"fp4_linear_mosaic_gpu: {rule}; got {config} for {problem}. Leave config out for a default."
-            )
+def with_fitting_slots(problem: Problem, config: Config) -> Config:
+    """No more slots than shared memory holds, nor than there are stages to load ahead; at least 3."""
+    most = stages(problem, config) + 2
+    while config.slots > 3 and (config.slots > most or shared_memory_bytes(config) > SHARED_MEMORY_BYTES):
+        config = dataclasses.replace(config, slots=config.slots - 1)
+    return config

@@ -133,13 +133,15 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("quick_memory", [False, True])
+@pytest.mark.parametrize("on_an_h200", [False, True])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.batch}-{p.outputs}-{p.contraction}")
-def test_default_tiles_fit(problem, quick_memory):
-    config = default_config(problem, quick_memory=quick_memory)
+def test_default_tiles_fit(problem, on_an_h200):
+    config = default_config(problem, on_an_h200=on_an_h200)
     if isinstance(config, few.Config):
-        few.check_config(problem, config)
-        assert config.split == default_split(problem.outputs, problem.contraction)
+        few.check_config(problem)
+        assert few.SPLIT == default_split(problem.outputs, problem.contraction)
+        assert few.ctas(problem) * few.ROWS == problem.outputs
+        assert few.stages(problem) * few.SPLIT * 128 == problem.contraction
         return
     if isinstance(config, many.Config):
         many.check_config(problem, config)
@@ -173,22 +175,39 @@ def test_tiles_that_do_not_fit_are_named(change, says):
         check_config(problem, dataclasses.replace(fits, **change))
 
 
+def test_an_h200_takes_other_tiles_for_few_tokens():
+    one, some, many_ = Problem(4, 2112, 7168), Problem(16, 7168, 16384), Problem(65, 7168, 16384)
+    assert default_config(one, on_an_h200=True) == few.Config() != default_config(one)
+    assert not isinstance(default_config(dataclasses.replace(one, batch=5), on_an_h200=True), few.Config)
+    assert default_config(some, on_an_h200=True) == Config(2, 16, 1, 1, 4, 4, True) != default_config(some)
+    assert default_config(many_, on_an_h200=True) == default_config(many_)
+
+
+@for_hopper
+@pytest.mark.parametrize(
+    ("kind", "clusters"), [("NVIDIA H200", 112), ("NVIDIA H100 80GB HBM3", 56), ("NVIDIA GH200 480GB", 56)]
+)
+def test_which_gpu_is_an_h200(kind, clusters):
+    call = functools.partial(fp4_linear, implementation=MOSAIC)
+    with abstract_gpu(kind):
+        text = str(jax.make_jaxpr(call)(shape((1, 16384), jnp.bfloat16), abstract(7168, 16384)))
+    assert f"grid=({clusters},)" in text
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"batch": 9}, "M must be at most 8"),
         ({"outputs": 208}, "64 must divide N"),
-        ({"contraction": 2560}, "divide K"),
-    ]
-    + [({"contraction": 15 * 1024}, "227 KiB")],
+        ({"contraction": 2560}, "1024 must divide K"),
+        ({"contraction": 15 * 1024}, "227 KiB"),
+    ],
 )
 def test_what_the_kernel_for_few_tokens_cannot_take_is_named(change, says):
     problem = Problem(8, 192, 3072)
-    few.check_config(problem, few.Config(8))
+    few.check_config(problem)
     with pytest.raises(ValueError, match=says):
-        few.check_config(dataclasses.replace(problem, **change), few.Config(8))
-    with pytest.raises(ValueError, match="split"):
-        few.check_config(problem, few.Config(2))
+        few.check_config(dataclasses.replace(problem, **change))
 
 
 @pytest.mark.parametrize(

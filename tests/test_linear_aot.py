@@ -27,15 +27,26 @@ SIZES = ((2112, 7168), (1536, 7168), (576, 7168), (24576, 1536), (7168, 16384), 
 TOKENS = (1, 8, 16, 17, 24, 32, 33, 64, 65, 80, 96, 128, 129, 256, 300, 512)
 
 
-def problems(*, quick_memory: bool = False) -> dict[tuple[AnyConfig, int], Problem]:
+def problems(*, on_an_h200: bool) -> dict[tuple[AnyConfig, int], Problem]:
     """One for each configuration that these shapes' defaults come to, and dtype of the result."""
     found = {}
     for sizes in SIZES:
         for tokens in TOKENS:
             for out_bytes in (2, 4) if sizes == (2112, 7168) else (2,):
                 problem = Problem(tokens, *sizes, out_bytes)
-                found.setdefault((default_config(problem, quick_memory=quick_memory), out_bytes), problem)
+                found.setdefault((default_config(problem, on_an_h200=on_an_h200), out_bytes), problem)
     return found
+
+
+def defaults() -> list:
+    """Problems without a config for an H100's defaults, with one for those that an H200 has instead."""
+    own, other = problems(on_an_h200=False), problems(on_an_h200=True)
+    rows = [("h100", None, problem) for problem in own.values()]
+    rows += [("h200", key[0], problem) for key, problem in other.items() if key not in own]
+    return [
+        pytest.param(config, p, id=f"{where}-{p.batch}-{p.outputs}-{p.contraction}-{p.out_bytes}")
+        for where, config, p in rows
+    ]
 
 
 def abstract(size: tuple[int, ...], order: FragmentOrder) -> FP4Array:
@@ -52,18 +63,7 @@ def check(program: sm90.Program) -> None:
     assert program.temp_bytes == 0 and program.moves_of("u8", "f4e2m1fn", "bf16") == []
 
 
-def on_an_h200() -> list[tuple[AnyConfig, Problem]]:
-    """What is chosen there and not on an H100."""
-    return [(key[0], problem) for key, problem in problems(quick_memory=True).items() if key not in problems()]
-
-
-def name(p: Problem | AnyConfig) -> str:
-    return f"{p.batch}-{p.outputs}-{p.contraction}-{p.out_bytes}" if isinstance(p, Problem) else ""
-
-
-@pytest.mark.parametrize(
-    ("config", "problem"), [*((None, problem) for problem in problems().values()), *on_an_h200()], ids=name
-)
+@pytest.mark.parametrize(("config", "problem"), defaults())
 def test_every_default_configuration(config, problem):
     out = jnp.bfloat16 if problem.out_bytes == 2 else jnp.float32
     call = functools.partial(fp4_linear, implementation=MOSAIC, preferred_element_type=out, config=config)
@@ -73,9 +73,9 @@ def test_every_default_configuration(config, problem):
 
 
 @pytest.mark.parametrize("first", [0, 1536])
-@pytest.mark.parametrize("tokens", [2, 7, 8])  # none that a default has compiled already
+@pytest.mark.parametrize("tokens", [2, 7, 8])  # none that is compiled above
 def test_the_kernel_for_few_tokens(tokens, first):
-    call = functools.partial(fp4_linear_mosaic_gpu, config=few.Config(8))
+    call = functools.partial(fp4_linear_mosaic_gpu, config=few.Config())
     x = shape((tokens, 7168), jnp.bfloat16)
     weights = [
         (shape((rows, 3584), jnp.uint8), shape((rows, 224), jnp.uint8)) for rows in (first, 2112 - first) if rows
