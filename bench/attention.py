@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import environment
+from bench.step_timing import measure_ceilings
 from bench.timing import kernels_us
 from mla_fp4_jax.cache import PagedLatentCache
 from mla_fp4_jax.ops import implementations, mla_decode
@@ -214,7 +215,7 @@ def main() -> None:
         return args.seconds - (time.monotonic() - start)
 
     rows: list[dict[str, object]] = []
-    what = {"environment": environment.describe(args.commit), "rows": rows}
+    what = {"environment": environment.describe(args.commit), "ceilings": measure_ceilings(), "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def add(*new: dict[str, object]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import jax
 
-_DISTRIBUTIONS = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", "torch", "triton")
+_PEERS = ("torch", "triton", "tokenspeed-flashmla", "nvidia-cudnn-cu13", "nvidia-cublas")
+_DISTRIBUTIONS = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy", *_PEERS)
 
 
 def describe(commit: str | None = None) -> dict[str, object]:
@@ -33,19 +34,25 @@ def describe(commit: str | None = None) -> dict[str, object]:
     }
 
 
+def gpus() -> list[str]:
+    """Names of this host's NVIDIA GPUs, as JAX has them too, without taking any of their memory."""
+    return _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+
+
 def _git_commit() -> str | None:
-    return _output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"])
+    return next(iter(_output(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"])), None)
 
 
 def _driver() -> str | None:
-    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return next(iter(_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])), None)
 
 
-def _output(command: list[str]) -> str | None:
+def _output(command: list[str]) -> list[str]:
+    """Lines, none if it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("\n")[0]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return []
 
 
 def _version(name: str) -> str | None:

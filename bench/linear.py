@@ -2,7 +2,9 @@
 
     python -m bench.linear --out bench/results/FILE.json --seconds 300
 
-Nothing is timed before it has passed its gate: products of integers equal, bit for bit, to an exact reference.
+Nothing is timed before it has passed its gate. A linear's: products of integers equal, bit for bit, to an exact
+reference; a chain's: within 1.5 % of that of XLA's products, as bfloat16 layers are; kv_b_proj's in prefill: the
+decoded weight equal, bit for bit, to XLA's.
 "kernel" is CUPTI's time, "call" the wall time per linear of a layer's three in a row within one jitted, donated loop
 (bench/timing.py), the slices between them included. "touch" only reads as many bytes as the packed weight has.
 """
@@ -38,6 +40,7 @@ COLD_BYTES = 230e6  # of weights to rotate through: more than four times the L2 
 TOUCH_LOADS = 17
 PARTS = ("linears", "prefill", "loop")
 LAYERS = 4  # of a call's loop: 362 MB
+CHAIN_BOUND = 0.015  # relative rms between two bfloat16 chains: README's bound of a bfloat16 layer
 
 
 def random_pack(seed: int, shape: tuple[int, ...], scale: int, key_rows: int = 0) -> FP4Array:
@@ -116,17 +119,9 @@ def _copies(size: int) -> int:
     return max(2, -(-int(COLD_BYTES) // size))
 
 
-def measure_loop(name: str, tokens: int) -> dict[str, object]:
-    """A layer's three linears in a row, four layers, state [M, 7168] donated and fed back."""
-    shapes = list(SHAPES.values())
-    packs = [
-        [random_pack(10 * layer + i, (n, k), scale) for i, (n, k, scale) in enumerate(shapes)]
-        for layer in range(LAYERS)
-    ]
-    weights = packs
-    if name == "xla bf16":
-        weights = [[jax.jit(fp4_dense, static_argnums=1)(w, jnp.bfloat16) for w in layer] for layer in packs]
-    call = jax.jit(PRODUCTS[name])
+def chain(product: Callable) -> Callable:
+    """(x, weights) -> x: a layer's three linears in a row, layer after layer."""
+    call, shapes = jax.jit(product), list(SHAPES.values())
 
     def step(x, weights):
         for q_a, q_b, o in weights:
@@ -134,8 +129,29 @@ def measure_loop(name: str, tokens: int) -> dict[str, object]:
         wide = x.astype(jnp.float32)  # kept at size 1, lest the loop run into zeros or infinities
         return (wide * jax.lax.rsqrt(jnp.mean(wide * wide) + 1e-30)).astype(x.dtype)
 
+    return step
+
+
+def measure_loop(name: str, tokens: int) -> dict[str, object]:
+    """A chain of four layers, state [M, 7168] donated and fed back; gate first."""
+    shapes = list(SHAPES.values())
+    packs = [
+        [random_pack(10 * layer + i, (n, k), scale) for i, (n, k, scale) in enumerate(shapes)]
+        for layer in range(LAYERS)
+    ]
+    dense = [[jax.jit(fp4_dense, static_argnums=1)(w, jnp.bfloat16) for w in layer] for layer in packs]
+    weights = dense if name == "xla bf16" else packs
     state = jax.random.normal(jax.random.key(3), (tokens, shapes[0][1]), jnp.bfloat16)
-    return {"name": name, "tokens": tokens, "call_us": round(loop_us(step, state, weights, 3 * LAYERS), 3)}
+    got, want = (
+        jax.jit(chain(product))(state, w).astype(jnp.float32)
+        for product, w in ((PRODUCTS[name], weights), (dense_product, dense))
+    )
+    error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
+    if not error <= CHAIN_BOUND:
+        raise RuntimeError(f"{name}, a chain with {tokens} tokens: relative error {error:.2e}; not timed.")
+    if name != "xla bf16":
+        del dense
+    return {"name": name, "tokens": tokens, **loop_us(chain(PRODUCTS[name]), state, weights, 3 * LAYERS)}
 
 
 def measure_prefill(name: str, tokens: int) -> dict[str, object]:
@@ -147,8 +163,12 @@ def measure_prefill(name: str, tokens: int) -> dict[str, object]:
         return dense_product(x, dense.reshape(-1, L))
 
     weights = packs
+    decoded = [jax.jit(fp4_dense, static_argnums=1)(w, jnp.bfloat16) for w in packs]
+    wrong = sum(int(jnp.sum(d != w.dequantize(jnp.bfloat16))) for d, w in zip(decoded, packs, strict=True))
+    if wrong:
+        raise RuntimeError(f"{name}, prefill of {tokens} tokens: {wrong} decoded weights are wrong; not timed.")
     if name == "xla bf16":
-        weights = [jax.jit(fp4_dense, static_argnums=1)(w, jnp.bfloat16) for w in packs]
+        weights = decoded
     x = jax.random.normal(jax.random.key(4), (tokens, L), jnp.bfloat16)
     median, spread = kernel_us(jax.jit(product), [(x, w) for w in weights])
     return {"name": name, "tokens": tokens, "kernel_us": round(median, 3), "kernel_iqr_us": round(spread, 3)}

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from bench import environment
 from bench.ceilings import touch
+from bench.step_timing import measure_ceilings
 from bench.timing import empty_out, in_place, kernel_us, loop_us
 from mla_fp4_jax import FP4Array, fp4_bmm
 
@@ -208,7 +209,7 @@ class Setting:
         """A chain of k_up and v_up over all weights, state [B, H, P] donated and fed back; needs P = V."""
         weights = self.weights.get(name, self.rows)
         state = self.normals["k_up"][:batch, :, : self.shape.P] + 0
-        return {"call_us": round(loop_us(run, state, weights, 2 * len(weights) * CHAIN_ROUNDS), 3)}
+        return loop_us(run, state, weights, 2 * len(weights) * CHAIN_ROUNDS)
 
 
 def compile_all(setting: Setting, rows: list[Row]) -> list[Callable | Exception]:
@@ -260,11 +261,11 @@ def batches_of_rows(rows: list[Row]) -> Iterator[list[Row]]:
 
 
 def ceilings(setting: Setting) -> dict[str, float]:
-    """A kernel that reads as many bytes as one product's codes and scales, and writes nothing."""
+    """A kernel that reads as many bytes as one product's codes and scales, and writes nothing; a gigabyte's rates."""
     size = setting.shape.packed_bytes // 2
     flat = [w.packed.reshape(-1)[:size] + 0 for w in setting.rows]
     touch_us, _ = kernel_us(jax.jit(functools.partial(touch, loads=17)), [(a,) for a in flat])  # then 128 CTAs
-    return {"touch_us": round(touch_us, 3), "touch_bytes": size}
+    return {"touch_us": round(touch_us, 3), "touch_bytes": size, **measure_ceilings()}
 
 
 def peers(seconds: float) -> list[dict[str, object]]:

@@ -3,7 +3,7 @@
     python -m bench.prefill --out bench/results/FILE.json
 
 Rows: "kernel" is the attention of T tokens on expanded keys and values; "route" is mla_prefill_attention on the
-latent cache, kv_b_proj and merging included, after `context` tokens that are cached already; "layer" is mla_prefill.
+latent cache, kv_b_proj and merging included, after `context` tokens that are cached already.
 cuDNN is jax.nn.dot_product_attention with values padded to 192 columns and, where torch can be imported, torch's own
 192 / 128. Nothing is timed before its result agrees with the XLA implementation's: a relative error of at most 1 %,
 where two bf16 results differ by 0.3 %. TFLOP/s count 2 (P + R + V) operations for each key that a query sees.

@@ -16,7 +16,9 @@ DEEPSEEK_V3 = MLAConfig(
     v_head_dim=128,
 )
 KIMI_K2 = dataclasses.replace(DEEPSEEK_V3, num_attention_heads=64)
+MODELS = {"DeepSeek-V3/R1": DEEPSEEK_V3, "Kimi-K2": KIMI_K2}
 LAYERS = 61  # of both
+HOST = 8  # GPUs that NVLink joins
 ENTRY_BYTES = 2  # bfloat16 caches, activations and all-reduces
 WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0 + 4 / 128**2, "fp4": 0.5 + 1 / 32}  # an element, its scales included
 
@@ -57,6 +59,17 @@ class Layout:
 
     def __str__(self) -> str:
         return f"TP{self.heads} DP{self.batch} CP{self.context}"
+
+
+def layouts(gpus: int, c: MLAConfig) -> list[Layout]:
+    """All with groups within a host."""
+    powers = (1, 2, 4, 8)
+    return [
+        Layout(heads, gpus // (heads * context), context)
+        for heads in powers
+        for context in powers
+        if heads * context <= HOST and gpus % (heads * context) == 0 and c.num_attention_heads % heads == 0
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

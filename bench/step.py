@@ -255,6 +255,12 @@ def main() -> None:
     torch = None if args.no_torch or args.small else TorchPeer()  # imports itself while this process compiles
     known = [float(value) for value in (args.ceilings or "").split(",") if value]
     what: dict[str, Any] = {"environment": environment.describe(args.commit), "rows": rows, "not_run": skipped}
+    if args.memory:  # first, so that the process's peak is that of this
+        try:
+            what["memory"] = measure_memory(small=args.small)
+        except Exception as error:
+            what["memory"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
     ceilings = {"tb_per_s": known[0], "tflops": known[1]} if known else measure_ceilings()
     what["ceilings"] = ceilings
     print(f"{time.monotonic() - start:5.1f} s", ceilings, flush=True)
@@ -303,14 +309,6 @@ def main() -> None:
     if torch is not None:
         add_torch(torch)
         torch.close()
-    if args.memory:
-        settings.clear()
-        setting = programs = None
-        try:
-            what["memory"] = measure_memory(small=args.small)
-        except Exception as error:
-            what["memory"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        print(f"{time.monotonic() - start:5.1f} s", what["memory"], flush=True)
     write(args.out, what)
     if skipped:
         print("not run:", skipped)

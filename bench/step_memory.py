@@ -4,7 +4,7 @@
 
 First every layer's kv_b_proj alone, then what is left of it all when k_up_proj and v_up_proj have run over each; then
 the other weights, the caches, and a decode step through all layers, one jitted layer called 61 times. The peak is
-that of the process's whole life, and left out if it was before this. bench.step --memory ends with this account.
+that of the process's whole life, and left out if it was before this. bench.step --memory begins with this account.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from bench import step_timing
 
 
 def in_place(function: Callable, call: tuple) -> Callable:
@@ -77,25 +78,18 @@ class _AsItIs:
         raise NotImplementedError
 
 
-def loop_us(step: Callable, state: jax.Array, weights, calls: int, *, repeats: int = 30) -> float:
-    """Wall time per call of a chain of `calls` calls within one jitted function, its state donated and fed back.
+def loop_us(step: Callable, state: jax.Array, weights, calls: int) -> dict[str, object]:
+    """A call's wall time in a chain within one jitted function: "call_us", a median, and "call_spread_us".
 
     Args:
-        step: (state, weights) -> state of the same shape; not jitted, or compiled with its state donated.
+        step: (state, weights) -> state of the same shape, fed back; not jitted, or compiled with its state donated.
         state: consumed.
         weights: stay where they are.
         calls: that one step makes.
-        repeats: steps timed, without waiting in between.
     """
     run = step if isinstance(step, jax.stages.Compiled) else jax.jit(step, donate_argnums=0)
-    for _ in range(4):
-        state = run(state, weights)
-    state.block_until_ready()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        state = run(state, weights)
-    state.block_until_ready()
-    return (time.perf_counter() - start) / (repeats * calls) * 1e6
+    median, spread, _ = step_timing.loop_us(run, state, weights, calls=30)
+    return {"call_us": round(median / calls, 3), "call_spread_us": round(spread / calls, 3)}
 
 
 def kernels_us(compiled: Callable, args: tuple, calls: int) -> list[list[tuple[str, float]]]:

@@ -37,6 +37,8 @@ SECTIONS: dict[str, Callable[[dict], str]] = {
     "scaling": scaling.section,
     "scaling_packed": scaling.section,
     "scaling_graph": scaling.section,
+    "scaling_packed_h200": scaling.section,
+    "scaling_graph_h200": scaling.section,
 }
 # A picture's name -> the ending of its result's name, and what draws it.
 PLOTS: dict[str, tuple[str, Callable[[dict, Path], None]]] = {

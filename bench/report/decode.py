@@ -20,6 +20,7 @@ def section(result: dict) -> str:
     lines = [
         "Decode attention on a paged (64) latent cache, L+R = 576: kernels' time in us, merging of splits included,",
         "with FlashMLA (bfloat16) in the same run; ratio, TB/s and TFLOP/s are those of `mosaic_gpu` in bfloat16.",
+        *ceilings(result),
         "",
         *rule("H", "B", "S", "FlashMLA", "`mosaic_gpu`", "ratio", "TB/s", "TFLOP/s", *COLUMNS),
     ]
@@ -29,6 +30,14 @@ def section(result: dict) -> str:
         others = (time(found.get((name, cache, *shape))) for name, cache in OTHERS)
         lines.append(row(*shape, time(flash), time(own), ratio, own["tb_per_s"], own["tflops"], *others))
     return "\n".join(lines)
+
+
+def ceilings(result: dict) -> list[str]:
+    """What the same GPU reads and multiplies, where the run measured it."""
+    if "ceilings" not in result:
+        return []
+    known = result["ceilings"]
+    return [f"Reading a gigabyte: {known['tb_per_s']} TB/s; an 8192^3 matmul: {known['tflops']} TFLOP/s."]
 
 
 def time(r: dict | None) -> str:

@@ -35,12 +35,17 @@ def section(result: dict, picture: bool = True) -> str:
     lines = [
         "k_up_proj / v_up_proj of DeepSeek-V3 (H=128, P=V=128, L=512), bfloat16 in and out, cold weights, in us.",
         f'"Kernel" is CUPTI\'s time. Reading the {ceiling["touch_bytes"] / 1e6:.2f} MB of one packed weight once and '
-        f"nothing else takes {ceiling['touch_us']:.2f}.",
+        f"nothing else takes {ceiling['touch_us']:.2f}; 'of it' is the part of `mosaic_gpu`'s time that this is.",
         "",
-        *rule("B", "`mosaic_gpu`", "`triton`", "XLA bf16", "Triton dot_scaled", "Triton W8A8", "cuBLAS bf16"),
+        *rule(
+            "B", "`mosaic_gpu`", "of it", "`triton`", "XLA bf16", "Triton dot_scaled", "Triton W8A8", "cuBLAS bf16"
+        ),
     ]
     names = (matmul.MOSAIC, matmul.TRITON, matmul.DENSE, "triton dot_scaled", "triton w8a8", "cublas bf16")
-    lines += [row(batch, *(pair(kernel, name, batch) for name in names)) for batch in matmul.BATCHES]
+    for batch in matmul.BATCHES:
+        own, *others = (pair(kernel, name, batch) for name in names)
+        lines.append(row(batch, own, of_touch(result, kernel, batch), *others))
+    lines += [*other_peers(kernel)]
     lines += [
         "",
         '"Call" is what a decode loop pays for one: in JAX the mean of both products in a chain of them in one',
@@ -53,6 +58,24 @@ def section(result: dict, picture: bool = True) -> str:
     if picture:
         lines += ["", "![kernel time against batch](bench/results/fp4_bmm.svg)"]
     return "\n".join(lines + tuned_lines(result))
+
+
+def of_touch(result: dict, kernel: dict, batch: int) -> str:
+    """k_up / v_up: what touching the packed weight takes, of what mosaic_gpu does."""
+    touch_us = result["ceilings"]["touch_us"]
+    keys = [(matmul.MOSAIC, op, batch) for op in matmul.OPS]
+    return " / ".join(f"{100 * touch_us / kernel[key]:.0f} %" for key in keys if key in kernel) or "-"
+
+
+def other_peers(kernel: dict) -> list[str]:
+    """What was measured at a few batches only."""
+    lines = []
+    for name in (matmul.DEQUANTISE, matmul.SCALED_DOT):
+        here = [
+            f"{pair(kernel, name, batch)} at B = {batch}" for batch in sorted({b for n, _, b in kernel if n == name})
+        ]
+        lines += [f"{name}: {', '.join(here)}."] if here else []
+    return ["", "Also, k_up / v_up or v_up alone: " + " ".join(lines)] if lines else []
 
 
 def tuned_lines(result: dict) -> list[str]:
@@ -93,7 +116,7 @@ def shapes_section(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Kernel time against batch, with the floor."""
+    """Kernel time against batch with the floor; below, what touching the weight takes of FP4's times."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,17 +124,23 @@ def plot(result: dict, path: Path) -> None:
 
     shape = matmul.DEEPSEEK_V3
     kernel = times(result["rows"], "kernel_us", str(shape))
-    rate = result["ceilings"]["touch_bytes"] / result["ceilings"]["touch_us"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, op in zip(axes, matmul.OPS, strict=True):
+    touch_us = result["ceilings"]["touch_us"]
+    rate = result["ceilings"]["touch_bytes"] / touch_us
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, sharey="row")
+    for axis, below, op in zip(*axes, matmul.OPS, strict=True):
+        floor = [shape.floor_bytes(op, batch) / rate for batch in matmul.BATCHES]
         for name in dict.fromkeys(name for name, _, _ in kernel):
             points = [(batch, kernel[name, op, batch]) for batch in matmul.BATCHES if (name, op, batch) in kernel]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        floor = [shape.floor_bytes(op, batch) / rate for batch in matmul.BATCHES]
+            if points and (name in (matmul.MOSAIC, matmul.TRITON) or "dot_scaled" in name):  # read the packed bytes
+                share = [(batch, 100 * touch_us / us) for batch, us in points]
+                below.plot(*zip(*share, strict=True), marker="o", markersize=3, color=axis.lines[-1].get_color())
         axis.plot(matmul.BATCHES, floor, "k:", label="bytes at the touch rate")
-        axis.set(title=op, xlabel="B", xscale="log", yscale="log")
-    axes[0].set_ylabel("kernel, us")
-    axes[0].legend(fontsize=7)
+        axis.set(title=op, xscale="log", yscale="log")
+        below.set(xlabel="B", ylim=(0, 100))
+    axes[0][0].set_ylabel("kernel, us")
+    axes[1][0].set_ylabel("touching the packed bytes, % of the time")
+    axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})

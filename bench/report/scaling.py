@@ -15,7 +15,7 @@ def section(result: dict) -> str:
         + ("every projection in MXFP4," if packed else "kv_b_proj in MXFP4 and the others in bfloat16,"),
         "bfloat16 cache of S tokens: wall time of a layer in a donated loop, us. B: of all, with `batch` of each;",
         "with `heads` every GPU reads the whole cache, so that half the time is out of reach where the cache rules.",
-        '"Floor" is the bytes of weights and cache at the datasheet\'s rate, plus the measured all-reduce.',
+        '"Floor" is the bytes of weights and cache at the datasheet\'s rate, plus the measured all-reduce if any.',
         *in_graph(result),
         "",
         *rule("axis", "B", "S", "one GPU", f"{result['devices']} GPUs", "speedup", "of ideal", "all-reduce", "floor"),
@@ -23,13 +23,20 @@ def section(result: dict) -> str:
     timed = [r for r in result["rows"] if r["kind"] in KINDS and "us" in r]
     for r in sorted(timed, key=lambda r: (list(KINDS).index(r["kind"]), r["keys"], r["sequences"])):
         reduction = f"{100 * r['all_reduce_share']:.0f} %" if "all_reduce_share" in r else "-"
-        over = r.get("over_byte_floor_and_all_reduce", r.get("over_floor"))
+        over = over_bytes(r)
         cells = (f"{r['one_us']:.0f}", f"{r['us']:.0f}", f"{r['speedup']:.2f}", f"{r['percent_of_ideal']:.0f} %")
         last = f"{over:.2f} x" if over is not None else "-"
         lines.append(row(f"`{KINDS[r['kind']]}`", r["sequences"], r["keys"], *cells, reduction, last))
     lines += stack(result)
     picture = [] if packed else ["", "![percent of ideal](bench/results/scaling.svg)"]
     return "\n".join([*lines, *picture])
+
+
+def over_bytes(r: dict) -> float | None:
+    """A row's time over that of its bytes and its all-reduce, which `batch` has none of; None where not known."""
+    if KINDS[r["kind"]] == "batch" and "byte_floor_us" in r:
+        return r["us"] / r["byte_floor_us"]
+    return r.get("over_byte_floor_and_all_reduce")
 
 
 def in_graph(result: dict) -> list[str]:

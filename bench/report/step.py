@@ -17,8 +17,9 @@ def section(result: dict, pictures: bool = True) -> str:
     lines = [
         "One decode step of a DeepSeek-V3 attention layer, with the norm before it and the residual sum; cold",
         "weights, bfloat16 cache of S tokens a sequence, us a layer. JAX: wall time of a jitted, donated loop over a",
-        'stack of layers; torch (cuBLAS bf16, bmm, FlashMLA): of a CUDA graph. "Floor": bytes and operations of the',
-        "FP4 step at this GPU's measured rates, stage by stage.",
+        "stack of layers; torch (cuBLAS bf16, bmm, FlashMLA): of a CUDA graph, with norms, rotation and cache write",
+        f"by plain torch operations (engines fuse them; {torch_launches(result)} launches a layer).",
+        '"Floor": bytes and operations of the FP4 step at this GPU\'s measured rates, stage by stage.',
         "",
         *rule(
             "H", "S", "B", "FP4", "FP4 kv_b", "XLA bf16", "torch", "XLA / FP4", "torch / FP4", "floor", "FP4 / floor"
@@ -61,20 +62,25 @@ def stages(result: dict) -> list[str]:
     return lines
 
 
+def torch_launches(result: dict) -> str:
+    """Of a layer, the fewest and the most."""
+    found = [r["launches"] for r in result["rows"] if r.get("name") == TORCH and "launches" in r]
+    return f"{min(found):.0f} to {max(found):.0f}" if found else "some 40"
+
+
 def memory(result: dict) -> list[str]:
     """The live-buffer statistics of 61 layers, where they were measured."""
     held = result.get("memory")
     if not held or "error" in held:
         return []
-    lines = ["", *MEMORY_TEXT, "", *rule("", "MB", "MB a layer")]
+    lines = ["", MEMORY_TEXT, "", *rule("", "MB", "MB a layer")]
     for name, size in held["steps"]:
         lines.append(row(name, f"{size / 1e6:.1f}", f"{size / 1e6 / held['layers']:.2f}"))
     return lines
 
 
 MEMORY_TEXT = (
-    "Device memory of a stack of layers by the allocator's own count (`bytes_in_use`, `peak_bytes_in_use`), each",
-    "line what came on top of the lines before:",
+    "Device memory of a stack of layers by the allocator's own count, each line what came on top of those before:"
 )
 
 
