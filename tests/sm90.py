@@ -49,6 +49,7 @@ class Kernel:
     name: str
     registers: int
     spill_bytes: int
+    spill_store_bytes: int  # of those
     stack_bytes: int
     static_shared_bytes: int
 
@@ -193,6 +194,7 @@ def _kernel(match: re.Match[str]) -> Kernel:
         match["name"],
         int(match["registers"]),
         int(match["stores"]) + int(match["loads"]),
+        int(match["stores"]),
         int(match["stack"]),
         int(shared[1]) if shared else 0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -25,6 +26,7 @@ pytestmark = [
 KERNELS = tuple(name for name in PREFERENCE if name != XLA)
 PACKED = ("u8", "f4e2m1fn")
 BATCHES = (1, 8, 16, 17, 32, 64, 128, 256, 512)
+H100 = "NVIDIA H100 80GB HBM3"  # as the tuned tables and sm90.TARGET have it
 shape = jax.ShapeDtypeStruct
 
 
@@ -76,8 +78,38 @@ def tuned_rows() -> list:
     return list({(p.transposed, p.contraction, config): (p, config) for p, config in pairs}.values())
 
 
-@pytest.mark.parametrize(("problem", "config"), tuned_rows())
-def test_tuned_configurations(problem, config):
+@functools.cache
+def untuned_defaults() -> list:
+    """(problem, config) for each default of bench.matmul's shapes, up to 512 tokens, that no other test compiles."""
+    from bench.matmul import DEEPSEEK_V3, OTHER_SHAPES
+    from pallas_kernels.fp4_bmm_mosaic_gpu import NAME, default_config, problem_of
+    from pallas_kernels.fragments import FragmentOrder
+    from pallas_kernels.tuned import tuned_config
+
+    def problem(size, batch: int, contract: str):
+        x = shape((batch, size.H, size.P + size.R if contract == "rows" else size.L), jnp.bfloat16)
+        codes, scales = (shape((size.H, size.P + size.V, size.L // n), jnp.uint8) for n in (2, 32))
+        return problem_of(x, codes, scales, FragmentOrder(size.P), contract, 0)
+
+    def of(batches, *sizes) -> list:
+        pairs = itertools.product(sizes, batches, ("rows", "columns"))
+        return [(p, default_config(p)) for p in itertools.starmap(problem, pairs)]
+
+    # What test_tuned_configurations compiles, and what test_deepseek_v3 does for want of a row.
+    untuned = [pair for pair in of(BATCHES, DEEPSEEK_V3) if tuned_config(NAME, H100, pair[0]) is None]
+    elsewhere = {(p.transposed, p.contraction, config) for p, config in tuned_rows() + untuned}
+    found = {}
+    for p, config in of(range(1, BATCHES[-1] + 1), DEEPSEEK_V3, *OTHER_SHAPES):
+        found.setdefault((p.transposed, p.contraction, config), (p, config))
+    own = {key: pair for key, pair in found.items() if key not in elsewhere}
+    return [
+        pytest.param(p, config, id=f"{'k_up' if p.transposed else 'v_up'}-B{p.batch}-H{p.heads}-K{p.contraction}")
+        for p, config in own.values()
+    ]
+
+
+def check_configuration(problem, config) -> None:
+    """Compile a product of weights with but 64 rows that it does not use, so that no other test compiles the same."""
     p = problem
     rows = (p.contraction, 64) if p.transposed else (64, p.outputs)
     case = Case(p.batch, p.heads, *rows, p.outputs if p.transposed else p.contraction)
@@ -90,7 +122,19 @@ def test_tuned_configurations(problem, config):
         implementation="mosaic_gpu",
         config=config,
     )
-    check_kernels(sm90.compile_for_h100(product, x, abstract_pack(case, "mosaic_gpu")))
+    program = sm90.compile_for_h100(product, x, abstract_pack(case, "mosaic_gpu"))
+    check_kernels(program)
+    assert len(program.kernels) == 1 and program.dynamic_shared_bytes
+
+
+@pytest.mark.parametrize(("problem", "config"), tuned_rows())
+def test_tuned_configurations(problem, config):
+    check_configuration(problem, config)
+
+
+@pytest.mark.parametrize(("problem", "config"), untuned_defaults())
+def test_default_configurations(problem, config):
+    check_configuration(problem, config)
 
 
 @pytest.mark.parametrize("contract", ["rows", "columns"])

@@ -76,6 +76,21 @@ def test_the_attention_named_is_the_one_that_runs(rng):
         layer.decode(x, layer.init_cache(1, 4))
 
 
+def test_the_split_size_reaches_the_attention(rng):
+    """Given to the layer or set on one that exists."""
+    config = small_config(kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+    layer = make_layer(config, attention_implementation="triton_interpret", split_size=100)
+    x, cache = inputs(rng, 1, 3, config), layer.init_cache(1, 131)  # of two splits, if they are of 128
+    with pytest.raises(ValueError, match="split_size must be a positive multiple of 128"):
+        jax.eval_shape(MLAAttention.decode, layer, x, cache)
+    layer.split_size = 128
+    y, _ = jax.jit(MLAAttention.decode)(layer, x, cache)
+    np.testing.assert_allclose(y[0], oracle_layer(layer, x[0])[0], atol=ATOL, rtol=0)
+    layer.split_size = 200
+    with pytest.raises(ValueError, match="split_size must be a positive multiple of 128"):
+        jax.eval_shape(MLAAttention.decode, layer, x, cache)
+
+
 @pytest.mark.parametrize("kv_b_format", ["dense", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("linears", ["dense", "mxfp4", "nvfp4"])
 def test_each_projection_may_have_its_own_format(rng, kv_b_format, linears):

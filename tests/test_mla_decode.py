@@ -27,6 +27,10 @@ CASES = (
     Case((40, 100, 129), page=16, bad_pages=True),
     Case((40, 100, 193), page=64, bad_pages=True, tokens=2),
     Case((130, 7), tokens=4, capacity=512),
+    Case((4, 63, 130), tokens=4, heads=20, page=16),  # 80 rows: a token is in two row blocks
+    Case((131, 64, 5), tokens=5, page=64, bad_pages=True),
+    Case((129, 70, 3), tokens=6, heads=8, page=16, bad_pages=True),  # the last one's first three see nothing
+    Case((7, 20, 128), tokens=7, heads=20, page=64, cache_dtype="float8_e4m3fn"),
     Case((0, 17, 130), page=16, cache_dtype="float8_e4m3fn"),
     Case((0, 17, 130), tokens=2, cache_dtype="float8_e4m3fn"),
     Case((0, 17, 130), page=64, cache_dtype="float8_e4m3fn", entries_scale=4.0),
@@ -117,6 +121,20 @@ def test_sequences_may_share_pages(rng):
     out, lse = run(twice, implementation="triton_interpret")
     assert np.array_equal(np.asarray(out[0], np.float32), np.asarray(out[1], np.float32))
     assert np.array_equal(lse[0], lse[1])
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shared_pages_hold_every_sequences_keys(implementation, cache_dtype, rng):
+    """A second sequence begins with the first one's whole pages, a third ends in the midst of one of them."""
+    case = Case((100, 150, 70), tokens=2, page=16, cache_dtype=cache_dtype)
+    built = build(case, rng)
+    first, second, third = built.entries
+    table = built.cache.page_table
+    shared = dataclasses.replace(built.cache, page_table=table.at[1, :4].set(table[0, :4]).at[2].set(table[0]))
+    entries = [first, first[:64] + second[64:], first[: len(third)]]
+    built = dataclasses.replace(built, cache=shared, entries=entries)
+    check(*run(built, implementation=implementation, split_size=128), case, built)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
